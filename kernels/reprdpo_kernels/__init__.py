@@ -1,0 +1,1 @@
+"""Triton programs and their launchers; needs torch and triton alone."""

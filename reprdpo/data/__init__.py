@@ -1,0 +1,1 @@
+"""Preference data: one schema, readers, tokenisation, collators, the sandbox world."""

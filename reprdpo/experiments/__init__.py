@@ -1,0 +1,1 @@
+"""The method and its baselines as one resumable run."""

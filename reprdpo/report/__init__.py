@@ -1,0 +1,1 @@
+"""Plots and a page from a run folder; nothing is computed here."""

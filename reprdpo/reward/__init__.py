@@ -1,0 +1,1 @@
+"""The reward read from hidden states: probes, gate, taps, fitting and updating."""

@@ -1,0 +1,1 @@
+"""The trainer, its config, reference log-probs and the baselines."""
