@@ -1,0 +1,24 @@
+"""Fixtures shared by all tests: where the real inputs lie, a seed for every test."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def real_dir() -> Path:
+    """The folder of real inputs (models, states, pairs); the test is skipped where it is absent."""
+    root = Path(__file__).resolve().parent.parent
+    candidates = [Path(os.environ["REPRDPO_REAL"])] if "REPRDPO_REAL" in os.environ else []
+    candidates += [parent / "shared" / "real" for parent in root.parents]
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate
+    pytest.skip("real inputs are not here (set REPRDPO_REAL to their folder)")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
