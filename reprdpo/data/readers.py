@@ -216,7 +216,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def _parse(content: bytes) -> Any:
     try:
-        return json.loads(content)
+        return json.loads(content.decode())
     except UnicodeDecodeError as error:
         return InvalidRowError(f"is not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
     except (json.JSONDecodeError, RecursionError) as error:
