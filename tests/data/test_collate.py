@@ -37,7 +37,7 @@ def collate_by_loop(sequences: list[tuple[list[int], int]], side: str, multiple:
     for ids, start in sequences:
         before = padded - len(ids) if side == "left" else 0
         after = padded - len(ids) - before
-        targets = [token if place >= start else -100 for place, token in enumerate(ids)][1:] + [-100]
+        targets = [*[token if place >= start else -100 for place, token in enumerate(ids)][1:], -100]
         input_ids.append([EOS] * before + ids + [EOS] * after)
         mask.append([0] * before + [1] * len(ids) + [0] * after)
         labels.append([-100] * before + targets + [-100] * after)

@@ -202,7 +202,7 @@ def test_real_files(real_dir: Path) -> None:
     for name, harmful in (("harmful", True), ("harmless", False)):
         assert load_prompts(real_dir / "prompts" / f"{name}.jsonl")["harmful"] == [harmful] * 400
     assert len(load_prompts(real_dir / "raw" / "xstest_prompts.csv")) == 450
-    with pytest.raises(UserError, match="line 2: field 'prompt' is missing.*question"):
+    with pytest.raises(UserError, match=r"line 2: field 'prompt' is missing.*question"):
         load_prompts(real_dir / "raw" / "do_not_answer_sample.csv")
 
 

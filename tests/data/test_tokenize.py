@@ -181,7 +181,7 @@ def test_a_template_without_eos_gets_one() -> None:
 
 
 def test_a_chat_needs_a_template_that_takes_it(characters: Any) -> None:
-    with pytest.raises(UserError, match="has no chat template .* plain strings"):
+    with pytest.raises(UserError, match=r"has no chat template .* plain strings"):
         render_prompt(characters, messages("hi"))
     strict = character_tokenizer(template="{{ raise_exception('roles must alternate') }}")
     rows = datasets.Dataset.from_list([{"prompt": messages("a"), "response": messages("", "b")[1:]}])
