@@ -46,6 +46,8 @@ thead button { all: unset; cursor: pointer; } thead button:focus-visible { outli
 thead button::after { content: " \\2195"; opacity: .35; }
 [aria-sort=ascending] button::after { content: " \\2191"; opacity: 1; }
 [aria-sort=descending] button::after { content: " \\2193"; opacity: 1; }
+.pairs th, .pairs td { padding: .26rem 0; white-space: normal; overflow-wrap: anywhere; }
+.pairs th { color: var(--muted); font-weight: 400; }
 .heat { table-layout: fixed; min-width: 640px; } .heat th:first-child { width: 24%; white-space: normal; }
 .heat td[style] { background: color-mix(in srgb, var(--heat) calc(var(--h) * 85%), transparent); }
 .bar td[style] { background: linear-gradient(to left, color-mix(in srgb, var(--accent) 28%, transparent)

@@ -54,7 +54,7 @@ def page(run: Run, plots: list[Plot]) -> str:
     drawn = {section: [_figure(plot) for plot in plots if plot.section == section] for section in SECTIONS}
     bodies = {
         "results": _results(run, drawn["results"]),
-        "reward": _grid(*drawn["reward"]),
+        "reward": _grid(*drawn["reward"], _pairs_card("The fit", run.fit.facts) if run.fit else None),
         "training": _grid(*drawn["training"]),
         "samples": _samples(run),
         "cost": _table_card(None, cost_table(run), "bar") if run.stages else Markup(""),
@@ -155,16 +155,18 @@ def _reply(who: str, reply: Reply) -> Markup:
 
 
 def _provenance(run: Run) -> Markup:
-    versions = tag(
-        "table", tag("tbody", *(tag("tr", tag("th", name), tag("td", text)) for name, text in run.versions.items()))
-    )
     config = tag("pre", json.dumps(run.config, indent=2, ensure_ascii=False))
     title = f"Config {run.config_hash}".strip()
     return join(
         tag("div", tag("h3", "Command"), tag("pre", run.command, class_="wrap"), class_="card"),
-        tag("details", tag("summary", "Versions"), tag("div", versions), class_="card") if run.versions else None,
+        _pairs_card("Versions", run.versions) if run.versions else None,
         tag("details", tag("summary", title), tag("div", config), class_="card") if run.config else None,
     )
+
+
+def _pairs_card(title: str, pairs: dict[str, str]) -> Markup:
+    rows = (tag("tr", tag("th", name, scope="row"), tag("td", text)) for name, text in pairs.items())
+    return tag("div", tag("h3", title), tag("table", tag("tbody", *rows), class_="pairs"), class_="card")
 
 
 def _table_card(title: str | None, table: Table, look: str | None = None) -> Markup:

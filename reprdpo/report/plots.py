@@ -145,8 +145,8 @@ def plots_of(run: Run) -> list[Plot]:
                 )
             )
     plots += [_trends_plot(run, training) for training in run.trainings if "rewards/chosen" in training.metrics]
-    preference = [t for t in run.trainings if "rewards/accuracies" in t.metrics]
-    if preference:
+    preference = [training for training in run.trainings if "rewards/chosen" in training.metrics]
+    if any("rewards/accuracies" in training.metrics for training in preference):
         plots.append(
             Plot(
                 "reward-accuracies",
@@ -221,7 +221,7 @@ def toxic_rates(run: Run, theme: Theme) -> Figure:
         marker = MARKERS.get(row.system, "o")
         axes.plot([mean], [y], marker, color=colour, markersize=11 if marker == "*" else 7)
         axes.annotate(f"{mean:.1f}", (1.01, y), xycoords=("axes fraction", "data"), va="center", color=theme.ink)
-    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_yticks(range(len(rows)), [_short(row.label) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.set_xlabel("toxic rate, %")
@@ -384,6 +384,7 @@ def _style(theme: Theme) -> Iterator[None]:
         "xtick.color": theme.muted,
         "ytick.color": theme.muted,
         "svg.fonttype": "none",
+        "text.parse_math": False,
         "svg.hashsalt": "reprdpo",
     }
     with matplotlib.rc_context(settings):
@@ -406,10 +407,14 @@ def _legend(figure: Figure, axes: Axes) -> None:
         figure.legend(handles, labels, loc="outside upper left", ncols=4, handlelength=1.8, columnspacing=1.2)
 
 
+def _short(label: str) -> str:
+    return label if len(label) <= 20 else f"{label[:19]}…"
+
+
 def _system_line(axes: Axes, run: Run, training: Training, metric: str, theme: Theme, scale: float = 1.0) -> None:
     colour = theme.systems.get(training.system, theme.others)
     dashes = DASHES.get(training.system, "-")
-    _seeds(axes, training.metrics.get(metric), colour, run.label(training.system), dashes, scale=scale)
+    _seeds(axes, training.metrics.get(metric), colour, _short(run.label(training.system)), dashes, scale=scale)
 
 
 def _seeds(

@@ -23,6 +23,19 @@ PAPER_SYSTEMS = {
 # What is set side by side: the first of each that the run has.
 BEFORE, AFTER = ("base", "sft"), ("reprdpo", "cdpo_fixed", "dpo_ranked", "dpo", "online")
 ENDS = ("low", "high")
+FIT_FACTS = {
+    "num_pairs": "pairs",
+    "num_groups": "groups (prompts)",
+    "folds": "folds",
+    "num_layers": "layers",
+    "hidden_size": "hidden size",
+    "gate": "gate",
+    "margin": "margin",
+    "alpha": "alpha",
+    "held_out_nll": "held-out loss",
+    "train_accuracy": "accuracy on its own pairs",
+    "seconds": "seconds",
+}
 MAX_SAMPLES = 12
 
 
@@ -77,6 +90,7 @@ class Fit:
     gated: Rate
     calibrations: list[Calibration]  # at the alpha in use, then at the paper's
     histogram: Histogram | None
+    facts: dict[str, str]  # the fit's other numbers, in words
 
 
 @dataclass(frozen=True)
@@ -235,6 +249,7 @@ def _read_fit(path: Path) -> Fit | None:
             ),
             calibrations=[_calibration(report[key]) for key in ("calibration", "paper_calibration") if report.get(key)],
             histogram=_histogram(histogram, {"held-out pairs": "counts"}) if histogram else None,
+            facts={words: _words(report[key]) for key, words in FIT_FACTS.items() if report.get(key) is not None},
         )
 
 
@@ -268,9 +283,7 @@ def _read_trainings(root: Path, order: list[str]) -> list[Training]:
             if (seed / "confidence_histogram.json").is_file():
                 with _naming(seed / "confidence_histogram.json"):
                     value = read_json(seed / "confidence_histogram.json")
-                    training.histograms.append(
-                        _histogram(value, {"first pairs of the training": "initial", "last pairs": "final"})
-                    )
+                    training.histograms.append(_histogram(value, {"first pairs": "initial", "last pairs": "final"}))
         if training.metrics:
             trainings.append(training)
     return trainings
@@ -374,6 +387,10 @@ def _text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _words(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _place(system: str, order: list[str]) -> tuple[int, str]:
