@@ -35,7 +35,9 @@ nav a { text-decoration: none; } nav a:hover { text-decoration: underline; }
 figure.card { padding: 18px 18px 14px; }
 figure img { display: block; width: 100%; height: auto; }
 figcaption { margin-top: .5rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto;
+  background: linear-gradient(to left, var(--card) 30%, transparent) right / 40px 100% no-repeat local,
+  linear-gradient(to left, rgb(0 0 0 / .22), transparent) right / 12px 100% no-repeat scroll; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .93rem; }
 th, td { padding: .5rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card); }

@@ -177,24 +177,31 @@ class Run:
         return next((row.label for row in self.summary if row.system == system), PAPER_SYSTEMS.get(system, system))
 
     def absent(self) -> list[str]:
-        """One sentence for each part that is not there, saying which command makes it."""
-        again = f"run `{self.command}` again, it goes on where it stopped"
+        """One sentence for each part that is not there, and one saying which command makes them."""
+        with_gamma = [training for training in self.trainings if "confidence/mean" in training.metrics]
         parts = [
             ("Probe accuracy and calibration", "fit/report.json", self.fit),
             ("Training curves", "systems/*/seed-*/metrics.jsonl", self.trainings),
-            ("The confidence histogram", "confidence_histogram.json", any(t.histograms for t in self.trainings)),
-            ("The table of toxic rates", "evaluation/summary.json", self.summary),
+            (
+                "Confidence histogram",
+                "confidence_histogram.json",
+                not with_gamma or any(t.histograms for t in with_gamma),
+            ),
+            ("Table of toxic rates", "evaluation/summary.json", self.summary),
             ("Samples before and after", "evaluation/*.responses.jsonl of two systems", self.samples),
         ]
-        sentences = [f"{what}: absent, as there is no {where}; {again}." for what, where, there in parts if not there]
-        unfinished = [name for name, stage in self.stages.items() if stage.status != "done"]
-        if unfinished:
-            sentences.append(f"Not finished: {', '.join(unfinished)}; {again}.")
+        sentences = [f"{what}: absent, as there is no {where}." for what, where, there in parts if not there]
         missing = [label for key, label in PAPER_SYSTEMS.items() if key not in {row.system for row in self.summary}]
         if self.summary and missing:
+            sentences.append(f"Systems of the paper's table that are not in this run: {', '.join(missing)}.")
+        unfinished = [name for name, stage in self.stages.items() if stage.status != "done"]
+        if unfinished:
+            sentences.append(f"Not finished: {', '.join(unfinished)}.")
+        if unfinished or not self.summary:
+            sentences.append(f"To go on where it stopped: {self.command}")
+        elif sentences:
             sentences.append(
-                f"Not part of this run: {', '.join(missing)}; name them among the config's systems and run it into a "
-                "new folder."
+                "All its stages are done: name what is absent in the config, with a new output_dir, and run that."
             )
         return sentences
 

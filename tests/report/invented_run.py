@@ -115,6 +115,8 @@ def write_training(folder: Path, system: str, pull: float, seed: int) -> None:
                 line[f"{kind}/rejected"] = -0.9 * scale * rise + noise.gauss(0, 0.08)
                 line[f"{kind}/margins"] = line[f"{kind}/chosen"] - line[f"{kind}/rejected"]
                 line[f"{kind}/accuracies"] = min(1.0, 0.5 + 0.25 * rise * scale + noise.gauss(0, 0.05))
+        if system == "reprdpo":
+            line["confidence/mean"] = 0.6
         lines.append(line)
     put_lines(folder / "metrics.jsonl", lines)
     if system == "reprdpo":

@@ -210,7 +210,7 @@ def test_a_run_that_has_only_begun_still_makes_a_page(run_dir: Path) -> None:
         shutil.rmtree(run_dir / part)
     page = Page(render(run_dir).read_text(encoding="utf-8"))
     assert page.count("img") == 0
-    for what in ("Probe accuracy", "Training curves", "The table of toxic rates", "Samples before and after"):
+    for what in ("Probe accuracy", "Training curves", "Table of toxic rates", "Samples before and after"):
         assert f"{what}" in page.text()
     assert not any(attributes.get("id") == "samples" for _, attributes in page.elements)
     assert list((run_dir / "report").glob("*.png")) == []

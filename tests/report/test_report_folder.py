@@ -64,29 +64,33 @@ def test_training_log_in_the_systems_own_folder(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "word"),
+    ("part", "words"),
     [
-        ("fit", "Probe accuracy"),
-        ("systems", "Training curves"),
-        ("evaluation", "The table of toxic rates"),
-        ("evaluation", "Samples before and after"),
+        ("fit", ["Probe accuracy and calibration: absent"]),
+        ("systems", ["Training curves: absent"]),
+        ("systems/reprdpo/seed-*/confidence_histogram.json", ["Confidence histogram: absent"]),
+        ("evaluation", ["Table of toxic rates: absent", "Samples before and after: absent"]),
     ],
 )
-def test_an_absent_part_is_named_with_the_command_that_makes_it(run_dir: Path, part: str, word: str) -> None:
-    shutil.rmtree(run_dir / part)
-    (sentence,) = (line for line in load_run(run_dir).absent() if line.startswith(word))
-    assert "run `reprdpo run invented.yaml` again" in sentence
+def test_absent_parts_are_named(run_dir: Path, part: str, words: list[str]) -> None:
+    for path in run_dir.glob(part):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    *absent, cure = load_run(run_dir).absent()
+    assert [sentence.split(",")[0] for sentence in absent] == words
+    assert cure.startswith("To go on where it stopped" if part == "evaluation" else "All its stages are done")
 
 
-def test_absent_systems_and_unfinished_stages_are_named(run_dir: Path) -> None:
+def test_absent_systems_are_named_and_an_unfinished_run_with_its_command(run_dir: Path) -> None:
     state, summary = read_json(run_dir / "run.json"), read_json(run_dir / "evaluation" / "summary.json")
     state["stages"]["fit"]["status"] = "stopped"
     summary["systems"] = [row for row in summary["systems"] if row["system"] != "online"]
     put(run_dir / "run.json", state)
     put(run_dir / "evaluation" / "summary.json", summary)
-    text = " ".join(load_run(run_dir).absent())
-    assert "Not finished: fit;" in text
-    assert "Not part of this run: online;" in text
+    assert load_run(run_dir).absent() == [
+        "Systems of the paper's table that are not in this run: online.",
+        "Not finished: fit.",
+        "To go on where it stopped: reprdpo run invented.yaml",
+    ]
 
 
 @pytest.mark.parametrize(
