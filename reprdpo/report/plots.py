@@ -404,7 +404,8 @@ def _grid(axes: Axes, axis: Literal["both", "x", "y"]) -> None:
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) > 1:
-        figure.legend(handles, labels, loc="outside upper left", ncols=4, handlelength=1.8, columnspacing=1.2)
+        columns = 4 if sum(sorted(map(len, labels))[-4:]) <= 60 else 2  # characters in the figure's width
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=1.8, columnspacing=1.2)
 
 
 def _short(label: str) -> str:

@@ -123,6 +123,7 @@ class SystemSummary:
     system: str
     label: str
     toxic: Rate
+    unjudged: int | None
     seeds: int | None
     overrefusal: float | None
     perplexity: float | None
@@ -344,6 +345,7 @@ def _read_summary(path: Path) -> tuple[list[SystemSummary], list[Ordering]]:
                 toxic=_rate(
                     {"rate": row["toxic_mean"], "n": row.get("n")} | {end: row.get(f"toxic_{end}") for end in ENDS}
                 ),
+                unjudged=_integer(row.get("unparsed")),
                 seeds=_seed_count(row.get("seeds")),
                 overrefusal=_number(row.get("overrefusal_mean")),
                 perplexity=_number(row.get("perplexity_mean")),

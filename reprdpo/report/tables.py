@@ -41,6 +41,10 @@ def results_table(run: Run) -> Table:
         ]
         for position, row in enumerate(run.summary)
     ]
+    if any(row.unjudged for row in run.summary):
+        columns.append("unjudged")
+        for cells, row in zip(rows, run.summary, strict=True):
+            cells.append(number(row.unjudged, ".0f"))
     return Table(columns, rows)
 
 

@@ -25,6 +25,16 @@ def test_what_the_run_does_not_tell_is_a_dash_that_sorts_last(run_dir: Path) -> 
     assert row[1].value is None
 
 
+def test_responses_the_judge_could_not_judge_have_a_column_where_there_are_any(run_dir: Path) -> None:
+    summary = read_json(run_dir / "evaluation" / "summary.json")
+    for row in summary["systems"]:
+        row["unparsed"] = 7 * (row["system"] == "rs")
+    put(run_dir / "evaluation" / "summary.json", summary)
+    table = results_table(load_run(run_dir))
+    assert table.columns[-1] == "unjudged"
+    assert [row[-1].text for row in table.rows] == ["0", "0", "0", "7", "0", "0", "0"]
+
+
 def test_categories_pool_the_counts_of_the_seeds(run_dir: Path) -> None:
     for seed, (k, n) in enumerate([(1, 10), (3, 10), (8, 20)]):
         path = run_dir / "evaluation" / f"base-seed-{seed}.json"
