@@ -11,7 +11,6 @@ from torch import Tensor
 
 from reprdpo.ops import backend, checks, reference
 from reprdpo.ops.linear_logprob import check_integer, default_tile_bytes
-from reprdpo.ops.reference import TokenLogprob
 
 backend.declare("logprob")
 
@@ -85,9 +84,8 @@ def _write_gradient(
         grad_nV = reference.token_logprob_backward(
             tile_nV.div_(temperature),
             labels_n,
-            TokenLogprob(labels_n, *row_stats_3N[:, rows], None),
+            row_stats_3N[:, rows],
             grad_logp_N[rows].masked_fill(ignored_n, 0),
-            None,
         )
         out_NV[rows] = grad_nV.div_(temperature)
 
@@ -100,8 +98,8 @@ def _logprob(
     logp_N, row_stats_3N = _empty_outputs(logits)
     for rows, tile_nV, labels_n, ignored_n in _tiles(logits, labels, ignore_index):
         tile = reference.token_logprob(tile_nV.div_(temperature), labels_n)
-        logp_N[rows] = tile.logp_N.masked_fill_(ignored_n, 0)
-        row_stats_3N[:, rows] = torch.stack([tile.row_max_N, tile.sum_other_N, tile.sum_all_N])
+        logp_N[rows] = tile.logp.masked_fill_(ignored_n, 0)
+        row_stats_3N[:, rows] = tile.row_stats
     return logp_N, row_stats_3N
 
 

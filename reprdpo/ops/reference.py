@@ -23,28 +23,26 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 class Head(NamedTuple):
     """What makes logits of hidden states: ``z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature``."""
 
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
+    weight: Tensor
+    bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
 
 
 class TokenLogprob(NamedTuple):
-    """log p of the label of each row and what the backward needs of the row: max z, S_-y and S, relative to max z."""
+    """log p of each row's label [N], entropy [N], and for the backward [3, N]: max z, and S_-y and S relative to it."""
 
-    logp_N: Tensor
-    row_max_N: Tensor
-    sum_other_N: Tensor
-    sum_all_N: Tensor
-    entropy_N: Tensor | None
+    logp: Tensor
+    row_stats: Tensor
+    entropy: Tensor | None
 
 
 def head_logits(hidden_ND: Tensor, head: Head, *, block: int | None = None) -> Tensor:
     """Logits [N, V] in the compute dtype; a half-precision weight is upcast ``block`` rows at a time."""
-    logits_NV = _matmul_weight_t(hidden_ND, head.weight_VD, block)
-    if head.bias_V is not None:
-        logits_NV += head.bias_V
+    logits_NV = _matmul_weight_t(hidden_ND, head.weight, block)
+    if head.bias is not None:
+        logits_NV += head.bias
     if head.logit_scale != 1.0:
         logits_NV *= head.logit_scale
     if head.softcap is not None:
@@ -77,7 +75,7 @@ def head_backward(
         weight_grad_VD.addmm_(grad_logits_NV.t(), hidden_ND.to(grad_logits_NV.dtype))
     if bias_grad_V is not None:
         bias_grad_V += grad_logits_NV.sum(0)
-    return _matmul_weight(grad_logits_NV, head.weight_VD, block) if hidden_grad else None
+    return _matmul_weight(grad_logits_NV, head.weight, block) if hidden_grad else None
 
 
 def softcap_slope(logits_NV: Tensor, head: Head) -> Tensor | None:
@@ -108,11 +106,17 @@ def token_logprob(logits_NV: Tensor, labels_N: Tensor, *, entropy: bool = False)
     logp_N = torch.where(gap_N < 40.0, near_N, -gap_N - torch.log(sum_all_N))
     logp_N = torch.where(in_range_N, logp_N, torch.nan)
     entropy_N = None if entr_sum_N is None else torch.log(sum_all_N) + entr_sum_N / sum_all_N
-    return TokenLogprob(logp_N, row_max_N, sum_other_N, sum_all_N, entropy_N)
+    return TokenLogprob(logp_N, torch.stack([row_max_N, sum_other_N, sum_all_N]), entropy_N)
 
 
 def token_logprob_backward(
-    logits_NV: Tensor, labels_N: Tensor, saved: TokenLogprob, grad_logp_N: Tensor | None, grad_entropy_N: Tensor | None
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    row_stats_3N: Tensor,
+    grad_logp_N: Tensor | None,
+    *,
+    entropy_N: Tensor | None = None,
+    grad_entropy_N: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the logits, written over them.
 
@@ -121,20 +125,19 @@ def token_logprob_backward(
     ``c S_-y / S``, which does not cancel as p_y goes to 1 where c (1 - p_y) would.
     """
     target_N1, in_range_N = _targets(logits_NV, labels_N)
-    grad_NV = logits_NV.sub_(saved.row_max_N.unsqueeze(1)).exp_()
+    row_max_N, sum_other_N, sum_all_N = row_stats_3N.unbind()
+    grad_NV = logits_NV.sub_(row_max_N.unsqueeze(1)).exp_()
     exp_target_N = grad_NV.gather(1, target_N1).squeeze(1)
-    scale_N = torch.zeros_like(saved.sum_all_N)
-    target_grad_N = torch.zeros_like(saved.sum_all_N)
+    scale_N = torch.zeros_like(sum_all_N)
+    target_grad_N = torch.zeros_like(sum_all_N)
     entr_NV = None
     if grad_logp_N is not None:
-        scale_N = torch.where(in_range_N, -grad_logp_N / saved.sum_all_N, torch.nan)
-        target_grad_N = -scale_N * saved.sum_other_N
-    if grad_entropy_N is not None and saved.entropy_N is not None:
-        per_sum_N = grad_entropy_N / saved.sum_all_N
-        constant_N = per_sum_N * (torch.log(saved.sum_all_N) - saved.entropy_N)
-        target_grad_N = (
-            target_grad_N + exp_target_N * constant_N + torch.special.entr(exp_target_N) * per_sum_N
-        )
+        scale_N = torch.where(in_range_N, -grad_logp_N / sum_all_N, torch.nan)
+        target_grad_N = -scale_N * sum_other_N
+    if grad_entropy_N is not None and entropy_N is not None:
+        per_sum_N = grad_entropy_N / sum_all_N
+        constant_N = per_sum_N * (torch.log(sum_all_N) - entropy_N)
+        target_grad_N = target_grad_N + exp_target_N * constant_N + torch.special.entr(exp_target_N) * per_sum_N
         scale_N = scale_N + constant_N
         entr_NV = torch.special.entr(grad_NV).mul_(per_sum_N.unsqueeze(1))
     grad_NV *= scale_N.unsqueeze(1)
@@ -147,7 +150,7 @@ def linear_logprob(hidden_ND: Tensor, head: Head, labels_N: Tensor, *, ignore_in
     """log p of each label in one piece, 0 where ignored; ignored rows are selected away before any arithmetic."""
     scored_n = (labels_N != ignore_index).nonzero().squeeze(1)
     logits_nV = head_logits(hidden_ND[scored_n], head)
-    logp_n = token_logprob(logits_nV, labels_N[scored_n]).logp_N
+    logp_n = token_logprob(logits_nV, labels_N[scored_n]).logp
     return logp_n.new_zeros(labels_N.shape).index_copy_(0, scored_n, logp_n)
 
 
@@ -189,15 +192,13 @@ def _weight_blocks(weight_VD: Tensor, dtype: torch.dtype, block: int | None) -> 
 
 
 class Segments(NamedTuple):
-    """Tokens by sequence: ``order`` makes the sequences contiguous (None: they are), ``offsets`` bounds them."""
+    """Tokens by sequence: ``order`` [N] makes sequences contiguous (None: they are), ``offsets`` [S + 1] is bounds."""
 
-    order_N: Tensor | None
-    offsets_S1: Tensor
+    order: Tensor | None
+    offsets: Tensor
 
 
-def segments(
-    num_tokens: int, num_sequences: int, sequence_ids: Tensor | None, cu_seqlens: Tensor | None
-) -> Segments:
+def segments(num_tokens: int, num_sequences: int, sequence_ids: Tensor | None, cu_seqlens: Tensor | None) -> Segments:
     """Segments of the tokens; ids outside [0, S) belong to none, boundaries outside [0, N] or falling are clamped."""
     if cu_seqlens is not None:
         return Segments(None, cu_seqlens.long().clamp(0, num_tokens).cummax(0).values)
@@ -210,24 +211,24 @@ def segments(
 def sequence_sum(token_logprob_N: Tensor, layout: Segments, *, average: bool = False) -> Tensor:
     """Sum of each sequence's tokens, added in float64 in token order; its mean where ``average``, 0/0 being 0."""
     values_N = token_logprob_N.double()
-    if layout.order_N is not None:
-        values_N = values_N[layout.order_N]
+    if layout.order is not None:
+        values_N = values_N[layout.order]
     # unsafe=True leaves out the check of the offsets, which would synchronise; they are clamped above.
-    total_S = torch.segment_reduce(values_N, "sum", offsets=layout.offsets_S1, unsafe=True, initial=0.0)
+    total_S = torch.segment_reduce(values_N, "sum", offsets=layout.offsets, unsafe=True, initial=0.0)
     if average:
-        total_S = divide_or_zero(total_S, layout.offsets_S1.diff())
+        total_S = divide_or_zero(total_S, layout.offsets.diff())
     return total_S.to(compute_dtype(token_logprob_N.dtype))
 
 
 def sequence_sum_backward(grad_S: Tensor, layout: Segments, num_tokens: int, *, average: bool = False) -> Tensor:
     """Gradient of the tokens: their sequence's, over its length where ``average``; 0 for tokens of no sequence."""
     if average:
-        grad_S = divide_or_zero(grad_S, layout.offsets_S1.diff())
+        grad_S = divide_or_zero(grad_S, layout.offsets.diff())
     position_N = torch.arange(num_tokens, device=grad_S.device)
-    sequence_N = torch.searchsorted(layout.offsets_S1, position_N, right=True) - 1
+    sequence_N = torch.searchsorted(layout.offsets, position_N, right=True) - 1
     padded = torch.cat([grad_S, grad_S.new_zeros(1)])  # the last stands for tokens of no sequence
     grad_N = padded[torch.where(sequence_N < 0, grad_S.shape[0], sequence_N)]
-    return grad_N if layout.order_N is None else torch.empty_like(grad_N).index_copy_(0, layout.order_N, grad_N)
+    return grad_N if layout.order is None else torch.empty_like(grad_N).index_copy_(0, layout.order, grad_N)
 
 
 def divide_or_zero(value: Tensor, count: Tensor) -> Tensor:
