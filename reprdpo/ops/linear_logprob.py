@@ -193,7 +193,7 @@ class TokenOutputs(NamedTuple):
 
 def empty_outputs(hidden_ND: Tensor, *, entropy: bool, stats: bool) -> TokenOutputs:
     """The outputs of a forward over ``hidden_ND``, all zero."""
-    num_tokens, dtype = hidden_ND.shape[0], reference.compute_dtype(hidden_ND.dtype)
+    num_tokens, dtype = hidden_ND.shape[0], reference.compute_dtype(hidden_ND)
     return TokenOutputs(
         hidden_ND.new_zeros(num_tokens, dtype=dtype),
         hidden_ND.new_zeros(num_tokens if entropy else 0, dtype=dtype),
@@ -307,7 +307,7 @@ def plan_tiles(hidden_ND: Tensor, head: Head, *, entropy: bool, max_tile_bytes: 
     """
     budget = default_tile_bytes(hidden_ND.device) if max_tile_bytes is None else max_tile_bytes
     vocabulary, width = head.weight.shape
-    dtype = reference.compute_dtype(hidden_ND.dtype)
+    dtype = reference.compute_dtype(hidden_ND)
     upcast_bytes = 0 if hidden_ND.dtype == dtype else max(1, width) * dtype.itemsize
     row_bytes = vocabulary * dtype.itemsize * (1 + (head.softcap is not None) + entropy) + upcast_bytes
     if budget < row_bytes + upcast_bytes:

@@ -61,7 +61,7 @@ def logprob(
 
 def _tiles(logits_NV: Tensor, labels_N: Tensor, ignore_index: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Rows, their logits as a fresh tensor in the compute dtype, labels, and where these are ignored (a zero row)."""
-    dtype = reference.compute_dtype(logits_NV.dtype)
+    dtype = reference.compute_dtype(logits_NV)
     step = max(1, default_tile_bytes(logits_NV.device) // (logits_NV.shape[1] * dtype.itemsize))
     for start in range(0, logits_NV.shape[0], step):
         rows = slice(start, start + step)
@@ -111,7 +111,7 @@ def _(
 
 
 def _empty_outputs(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    dtype, num_tokens = reference.compute_dtype(logits_NV.dtype), logits_NV.shape[0]
+    dtype, num_tokens = reference.compute_dtype(logits_NV), logits_NV.shape[0]
     return logits_NV.new_empty(num_tokens, dtype=dtype), logits_NV.new_empty(3, num_tokens, dtype=dtype)
 
 

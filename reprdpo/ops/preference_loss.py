@@ -158,7 +158,7 @@ def confidence_per_pair(confidence: float | Tensor, like: Tensor, pairs: int) ->
     if isinstance(confidence, Tensor):
         _check_constant("confidence", confidence, like, pairs)
         return confidence
-    return like.new_full((pairs,), float(confidence), dtype=reference.compute_dtype(like.dtype))
+    return like.new_full((pairs,), float(confidence), dtype=reference.compute_dtype(like))
 
 
 def _check_constant(name: str, value: Tensor, like: Tensor, pairs: int) -> None:
@@ -186,7 +186,7 @@ def _preference_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @_preference_loss.register_fake
 def _(chosen_logp: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    like = torch.empty_like(chosen_logp, dtype=reference.compute_dtype(chosen_logp.dtype))
+    like = torch.empty_like(chosen_logp, dtype=reference.compute_dtype(chosen_logp))
     return like, torch.empty_like(like), torch.empty_like(like)
 
 

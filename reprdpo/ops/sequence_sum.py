@@ -74,7 +74,7 @@ def _sequence_sum(
 def _(
     token_logprob: Tensor, sequence_ids: Tensor | None, cu_seqlens: Tensor | None, num_sequences: int, average: bool
 ) -> Tensor:
-    return token_logprob.new_empty(num_sequences, dtype=reference.compute_dtype(token_logprob.dtype))
+    return token_logprob.new_empty(num_sequences, dtype=reference.compute_dtype(token_logprob))
 
 
 @torch.library.custom_op("reprdpo::sequence_sum_backward", mutates_args=())
