@@ -1,4 +1,4 @@
-"""How far a confidence can be believed: its negative log-likelihood, calibration error, and the alpha that fits best."""
+"""How far a confidence can be believed: its likelihood, its calibration error, and the alpha that suits it."""
 
 import dataclasses
 import math

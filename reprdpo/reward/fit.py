@@ -78,11 +78,11 @@ class RewardParameters(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FitReport:
-    """What the fit found; everything under ``held_out`` names comes from folds the fit did not see.
+    """What the fit found; all but ``train_accuracy`` is of pairs held out of the fit, by group.
 
-    ``layer_accuracy`` [L] is the stage-1 probes' pair accuracy and ``gated_accuracy`` the reward's, both cross-validated
-    by group; ``train_accuracy`` is the final reward's on its own pairs. ``calibration`` is gamma's at the alpha in
-    use, ``paper_calibration`` at 7.5; ``confidence_histogram`` counts held-out gamma over [0, 1].
+    ``layer_accuracy`` [L] is the stage-1 probes' pair accuracy, ``gated_accuracy`` and ``train_accuracy`` are the
+    reward's, ``held_out_nll`` is Eq. 7. ``calibration`` is gamma's at the alpha in use, ``paper_calibration`` at 7.5;
+    ``confidence_histogram`` counts gamma over [0, 1].
     """
 
     num_pairs: int
@@ -143,13 +143,13 @@ def fit_parameters(
     groups = list(groups) if groups is not None else list(range(len(chosen)))
     _check(chosen, rejected, groups)
     P = len(chosen)
-    states = torch.cat([chosen, rejected]).float()
+    states = torch.cat([chosen, rejected]).detach().float()
     label_S = _stage1_labels(P, chosen_is_safe, rejected_is_safe).to(states.device)
     split = grouped_folds(groups, config.folds, config.seed)
-    probe_gap_PL, gap_P = _cross_validate(states, label_S, groups, split, config)
+    probe_gap_PL, gap_P2 = _cross_validate(states, label_S, groups, split, config)
     fitted, C_L = _fit(states, label_S, groups, config)
-    alpha = float(config.alpha) if config.alpha != "auto" else calibrated_alpha(gap_P[:, int(config.squash)])
-    used_gap = gap_P[:, int(config.squash)]
+    used_gap_P = gap_P2[:, int(config.squash)]
+    alpha = float(config.alpha) if config.alpha != "auto" else calibrated_alpha(used_gap_P)
     train_reward = _reward(fitted.features(states), fitted.reduced, config.gate)
     report = FitReport(
         num_pairs=P,
@@ -161,14 +161,14 @@ def fit_parameters(
         margin=config.margin,
         C=C_L.tolist(),
         layer_accuracy=pair_accuracy(probe_gap_PL).tolist(),
-        gated_accuracy=pair_accuracy(gap_P[:, 0]).item(),
+        gated_accuracy=pair_accuracy(gap_P2[:, 0]).item(),
         train_accuracy=pair_accuracy(train_reward[:P] - train_reward[P:]).item(),
-        held_out_nll=F.softplus(config.margin - gap_P[:, 0]).mean().item(),
+        held_out_nll=F.softplus(config.margin - gap_P2[:, 0]).mean().item(),
         alpha=alpha,
         alpha_is_auto=config.alpha == "auto",
-        calibration=calibration(used_gap, alpha),
-        paper_calibration=calibration(used_gap, PAPER_ALPHA),
-        confidence_histogram=_histogram(torch.sigmoid(alpha * used_gap)),
+        calibration=calibration(used_gap_P, alpha),
+        paper_calibration=calibration(used_gap_P, PAPER_ALPHA),
+        confidence_histogram=_histogram(torch.sigmoid(alpha * used_gap_P)),
         seconds=time.perf_counter() - started,
     )
     if report.gated_accuracy <= 0.5:

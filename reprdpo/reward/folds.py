@@ -1,7 +1,6 @@
 """Folds of a cross-validation that keep groups whole."""
 
-from collections.abc import Hashable, Iterable
-from typing import cast
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -23,10 +22,9 @@ def grouped_folds(groups: Iterable[object], folds: int, seed: int) -> list[Tenso
     Raises:
         UserError: fewer than two folds or fewer than two groups.
     """
-    rows_of: dict[Hashable, list[int]] = {}
+    rows_of: dict[object, list[int]] = {}
     for row, group in enumerate(groups):
-        key = group.item() if isinstance(group, Tensor) else group
-        rows_of.setdefault(cast(Hashable, key), []).append(row)
+        rows_of.setdefault(group.item() if isinstance(group, Tensor) else group, []).append(row)
     folds = min(folds, len(rows_of))
     if folds < 2:
         raise UserError(f"cross-validation needs 2 folds and 2 groups, not {folds} and {len(rows_of)}; give more pairs")

@@ -53,7 +53,7 @@ def fit_linear_svm(
     Args:
         features: [n, L, D], any floating dtype; solved in float64 on its device.
         labels: [n], -1 or +1.
-        C: weight of the loss; of several, each layer takes the one with the best held-out accuracy, the smallest in a tie.
+        C: weight of the loss; of several, each layer takes that of best held-out accuracy, the smallest in a tie.
         fit_intercept: whether b is there at all.
         tol: a layer has converged when its duality gap is at most ``tol`` times its objective.
         max_iter: Newton steps at most.
@@ -76,7 +76,7 @@ def fit_linear_svm(
         C_L = torch.full((features.shape[1],), grid[0], dtype=torch.float64, device=features.device)
     else:
         split = grouped_folds(groups if groups is not None else range(len(y_N)), folds, seed)
-        C_L = torch.cat([_choose_C(features[:, a:b], y_N, weight_N, grid, split, bias, options) for a, b in bounds])
+        C_L = torch.cat([_choose_cost(features[:, a:b], y_N, weight_N, grid, split, bias, options) for a, b in bounds])
     solved = [_solve(features[:, a:b], y_N, weight_N, C_L[a:b], bias, options) for a, b in bounds]
     coef, intercept, objective, converged = (torch.cat(part) for part in zip(*(s[:4] for s in solved), strict=True))
     if not converged.all():
@@ -202,7 +202,7 @@ def _newton(
     return z, objective, converged, step
 
 
-def _choose_C(
+def _choose_cost(
     features: Tensor,
     y_N: Tensor,
     weight_N: Tensor,
@@ -214,9 +214,8 @@ def _choose_C(
     """The C of the grid with the best held-out accuracy, layer by layer; the smallest in a tie."""
     hits = torch.zeros(len(grid), features.shape[1], dtype=torch.float64, device=features.device)
     rows = torch.arange(len(y_N))
-    for held in split:
-        kept = rows[~torch.isin(rows, held)].to(features.device)
-        held = held.to(features.device)
+    for fold in split:
+        kept, held = rows[~torch.isin(rows, fold)].to(features.device), fold.to(features.device)
         if y_N[kept].unique().numel() < 2:
             raise UserError("linear SVM: a fold's other rows hold one class only; use fewer folds or one C")
         for i, c in enumerate(grid):
@@ -243,7 +242,7 @@ def _check(
     features: Tensor, labels: Tensor, C: float | Sequence[float], tol: float, sample_weight: Tensor | None
 ) -> list[float]:
     """Refuse what cannot be solved; the grid of C, ascending."""
-    if features.dim() != 3 or not features.is_floating_point():
+    if features.dim() != 3 or 0 in features.shape or not features.is_floating_point():
         raise UserError(f"linear SVM: features must be floating [n, L, D], not {features.dtype} {list(features.shape)}")
     if labels.shape != features.shape[:1]:
         raise UserError(f"linear SVM: {features.shape[0]} rows of features, labels of shape {list(labels.shape)}")
@@ -257,7 +256,7 @@ def _check(
     if not set(classes) <= {-1, 1}:
         raise UserError(f"linear SVM: labels must be -1 or +1, not {sorted(set(classes) - {-1, 1})[:5]}")
     if len(classes) < 2:
-        raise UserError("linear SVM: labels of one class only; give rows of both")
+        raise UserError(f"linear SVM: every label is {classes[0]:+g}; give rows of both classes")
     if sample_weight is not None:
         if sample_weight.shape != labels.shape or not bool((sample_weight >= 0).all() & sample_weight.isfinite().all()):
             raise UserError("linear SVM: sample_weight must be one finite number a row, none negative")
