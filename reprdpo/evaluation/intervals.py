@@ -16,6 +16,8 @@ from reprdpo.errors import UserError
 
 FloatArray = NDArray[np.float64]
 
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -210,8 +212,7 @@ def _wilson(rate: float, n: float, quantile: float) -> tuple[float, float]:
 def _student_cdf(t: float, freedom: float) -> float:
     """Student's distribution function: with t = sqrt(freedom) tan(u) its density is cos(u)^(freedom - 1)."""
     end = math.atan(t / math.sqrt(freedom))
-    nodes, weights = np.polynomial.legendre.leggauss(64)
-    integral = end / 2 * float(weights @ np.cos(end / 2 * (nodes + 1)) ** (freedom - 1))
+    integral = end / 2 * float(_WEIGHTS @ np.cos(end / 2 * (_NODES + 1)) ** (freedom - 1))
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
     return 0.5 + scale * integral
 

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from reprdpo.data import Text as Prompt
 from reprdpo.errors import UserError
-
-Prompt = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,8 @@ _REFUSAL = re.compile(
             r"\b(?:against|violates?) (?:my|our) (?:guidelines|policy|policies|principles|programming|values)\b",
             r"\b(?:it is|it's|that is|that's|this is) (?:not (?:appropriate|ethical|okay|right|legal)"
             r"|illegal|unethical|inappropriate) to\b",
-            r"^as an? (?:\w+ ){0,3}(?:ai|assistant|language model)\b.{0,80}\b(?:can't|cannot|unable|not able|not allowed)",
+            r"^as an? (?:\w+ ){0,3}(?:ai|assistant|language model)\b.{0,80}"
+            r"\b(?:can't|cannot|unable|not able|not allowed)\b",
         )
     )
 )

@@ -9,10 +9,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from reprdpo.data.collate import ResponseCollator, length_grouped_batches
+from reprdpo import ops
+from reprdpo.data import ResponseCollator, length_grouped_batches
 from reprdpo.errors import UserError
 from reprdpo.models import decoder, head_spec
-from reprdpo.ops import linear_logprob
 
 
 @torch.inference_mode()
@@ -58,7 +58,7 @@ def _summed_logprob(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
     ).last_hidden_state
     head = head_spec(model)
-    logprob_BT = linear_logprob(
+    logprob_BT: Any = ops.linear_logprob(
         hidden_BTD,
         head.weight,
         inputs["labels"],

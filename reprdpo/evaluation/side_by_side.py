@@ -63,7 +63,8 @@ def _check_same_prompts(
 ) -> None:
     if len(records) != len(others):
         raise UserError(
-            f"side by side: {one} answered {len(records)} prompts, {other} {len(others)}; evaluate both on one prompt set"
+            f"side by side: {one} answered {len(records)} prompts, {other} {len(others)}; "
+            "evaluate both on one prompt set"
         )
     for record, another in zip(records, others, strict=True):
         if record.prompt != another.prompt:

@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from reprdpo.data.tokenize import render_prompt
+from reprdpo.data import PromptTooLongError, TokenizeConfig, tokenize_prompt
+from reprdpo.data import Text as Prompt
 from reprdpo.errors import UserError
 from reprdpo.models import model_fingerprint
 
-Prompt = str | list[dict[str, str]]
-
 TRUNCATION_MODES = ("error", "keep_end", "keep_start")
+
+_NO_LIMIT = 1 << 30
 
 
 class Response(NamedTuple):
@@ -152,27 +153,23 @@ class TransformersEngine:
                 following += 1
 
     def _encode(self, prompt: Prompt, number: int, config: SamplingConfig) -> list[int]:
-        text = render_prompt(self.tokenizer, prompt)
-        tokens = list(self.tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
-        if tokens and tokens[-1] == self.tokenizer.eos_token_id and isinstance(prompt, str):
-            tokens.pop()  # some tokenizers close every text; a prompt stays open
-        if not tokens:
-            raise UserError(f"prompt {number}: has no tokens; remove it or give it a text")
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        room = None if positions is None else positions - config.max_new_tokens
-        if room is not None and room < 1:
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
+        limit = min(positions - max(2, config.max_new_tokens), config.max_prompt_length or positions)
+        if limit < 1:
             raise UserError(
                 f"sampling: max_new_tokens is {config.max_new_tokens}, the model has {positions} positions; lower it"
             )
-        limit = min((bound for bound in (room, config.max_prompt_length) if bound is not None), default=len(tokens))
-        if len(tokens) <= limit:
-            return tokens
-        if config.truncation_mode == "error":
+        mode: Any = config.truncation_mode
+        try:
+            tokens = tokenize_prompt(self.tokenizer, prompt, TokenizeConfig(positions, limit, mode))
+        except PromptTooLongError:
             raise UserError(
-                f"prompt {number}: {len(tokens)} tokens, {limit} fit beside max_new_tokens={config.max_new_tokens}; "
-                'shorten it, or set truncation_mode to "keep_end" or "keep_start"'
-            )
-        return tokens[-limit:] if config.truncation_mode == "keep_end" else tokens[:limit]
+                f"prompt {number}: has more than the {limit} tokens that fit beside "
+                f'max_new_tokens={config.max_new_tokens}; shorten it, or set truncation_mode to "keep_end"'
+            ) from None
+        if not tokens:
+            raise UserError(f"prompt {number}: has no tokens; remove it or give it a text")
+        return tokens
 
     def _decode(self, prompt: list[int], responses: list[list[int]]) -> list[Response]:
         """Texts that continue the prompt: decoded behind it, since many tokenizers drop a text's leading space."""
@@ -214,7 +211,7 @@ class TransformersEngine:
         position_ids = (mask.cumsum(-1) - 1).clamp_(min=0)
         cache = _growing_cache(self.model, prompt_length + steps)
         logits = self._forward(input_ids, mask, position_ids, cache)
-        if not bool(torch.isfinite(logits).all()):
+        if not bool(logits.logsumexp(-1).isfinite().all()):  # a masked token's -inf is fine
             raise UserError("the model's logits are not finite; train it again at a lower learning rate")
 
         cache.batch_repeat_interleave(copies)
@@ -271,7 +268,7 @@ def pick_tokens(logits_BV: Tensor, uniform_B: Tensor, config: SamplingConfig) ->
         scaled_BV = scaled_BV.masked_fill(scaled_BV < kth_B1, float("-inf"))
     probability_BV = scaled_BV.softmax(-1)
     if config.top_p < 1:
-        descending_BV, order_BV = probability_BV.sort(-1, descending=True, stable=True)
+        descending_BV, order_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
         outside_BV = descending_BV.cumsum(-1) - descending_BV >= config.top_p
         outside_BV[:, 0] = False
         probability_BV = probability_BV.masked_fill(outside_BV.scatter(1, order_BV, outside_BV), 0)

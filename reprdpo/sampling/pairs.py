@@ -9,6 +9,7 @@ from typing import Any
 from reprdpo.errors import UserError
 from reprdpo.files import write_text
 from reprdpo.sampling.best_of_n import read_samples
+from reprdpo.sampling.engine import Prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,6 @@ def _row(record: dict[str, Any], chosen: dict[str, Any], rejected: dict[str, Any
     }
 
 
-def _like(prompt: str | list[dict[str, str]], text: str) -> str | list[dict[str, str]]:
+def _like(prompt: Prompt, text: str) -> Prompt:
     """The response in the prompt's kind: a text beside a text, a message beside a chat."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
