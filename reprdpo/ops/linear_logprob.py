@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reprdpo.ops import backend, checks, reference
-from reprdpo.ops.reference import Head, TokenLogprob
+from reprdpo.ops.reference import Head
 
 backend.declare("linear_logprob")
 
@@ -62,8 +62,8 @@ def linear_logprob(
             of the device's memory.
 
     Returns:
-        ``[...]`` float32 (float64 from float64), or :class:`LinearLogprob` where entropy or stats are asked for. A label
-        outside [0, V) gives NaN in its row.
+        ``[...]`` float32 (float64 from float64), or :class:`LinearLogprob` where entropy or stats are asked for. A
+        label outside [0, V) gives NaN in its row.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, a DTensor, a non-finite scalar,
@@ -184,16 +184,16 @@ def find_scored(labels_N: Tensor, ignore_index: int) -> Tensor | None:
 class TokenOutputs(NamedTuple):
     """Per token, 0 where not scored; a quantity not asked for is empty. ``row_stats`` is [3, N]: max z, S_-y, S."""
 
-    logp_N: Tensor
-    entropy_N: Tensor
-    top1_N: Tensor
-    mean_logit_N: Tensor
-    row_stats_3N: Tensor
+    logp: Tensor
+    entropy: Tensor
+    top1: Tensor
+    mean_logit: Tensor
+    row_stats: Tensor
 
 
 def empty_outputs(hidden_ND: Tensor, *, entropy: bool, stats: bool) -> TokenOutputs:
     """The outputs of a forward over ``hidden_ND``, all zero."""
-    num_tokens, dtype = hidden_ND.shape[0], reference.compute_dtype(hidden_ND.dtype)
+    num_tokens, dtype = hidden_ND.shape[0], reference.compute_dtype(hidden_ND)
     return TokenOutputs(
         hidden_ND.new_zeros(num_tokens, dtype=dtype),
         hidden_ND.new_zeros(num_tokens if entropy else 0, dtype=dtype),
@@ -223,13 +223,13 @@ def forward_tiles(
             logits_nV = reference.head_logits(hidden_nD, head, block=plan.weight_block)
             if stats:
                 hit_n = (logits_nV.argmax(1) == labels_n).to(logits_nV.dtype)
-                out.top1_N[index_n] = hit_n.masked_fill_(ignored_n, 0)
-                out.mean_logit_N[index_n] = logits_nV.mean(1).masked_fill_(ignored_n, 0)
+                out.top1[index_n] = hit_n.masked_fill_(ignored_n, 0)
+                out.mean_logit[index_n] = logits_nV.mean(1).masked_fill_(ignored_n, 0)
             tile = reference.token_logprob(logits_nV, labels_n, entropy=entropy)
-            out.logp_N[index_n] = tile.logp_N.masked_fill_(ignored_n, 0)
-            out.row_stats_3N[:, index_n] = torch.stack([tile.row_max_N, tile.sum_other_N, tile.sum_all_N])
-            if tile.entropy_N is not None:
-                out.entropy_N[index_n] = tile.entropy_N.masked_fill_(ignored_n, 0)
+            out.logp[index_n] = tile.logp.masked_fill_(ignored_n, 0)
+            out.row_stats[:, index_n] = tile.row_stats
+            if tile.entropy is not None:
+                out.entropy[index_n] = tile.entropy.masked_fill_(ignored_n, 0)
     return out
 
 
@@ -254,7 +254,7 @@ def backward_tiles(
     Weight and bias gradients are added up over the tiles in the compute dtype and rounded once.
     """
     dtype = row_stats_3N.dtype
-    weight_VD, bias_V = head.weight_VD, head.bias_V
+    weight_VD, bias_V = head.weight, head.bias
     hidden_grad_ND = torch.zeros_like(hidden_ND) if hidden_grad else hidden_ND.new_empty(0)
     weight_grad_VD = torch.zeros_like(weight_VD, dtype=dtype) if weight_grad else None
     bias_grad_V = torch.zeros_like(bias_V, dtype=dtype) if bias_grad and bias_V is not None else None
@@ -268,9 +268,10 @@ def backward_tiles(
             grad_nV = reference.token_logprob_backward(
                 logits_nV,
                 labels_n,
-                TokenLogprob(labels_n, *row_stats_3N[:, index_n], entropy_N[index_n] if with_entropy else None),
-                None if grad_logp_N is None else grad_logp_N[index_n].masked_fill(ignored_n, 0),
-                None if grad_entropy_N is None else grad_entropy_N[index_n].masked_fill(ignored_n, 0),
+                row_stats_3N[:, index_n],
+                None if grad_logp_N is None else grad_logp_N[index_n].masked_fill_(ignored_n, 0),
+                entropy_N=entropy_N[index_n] if with_entropy else None,
+                grad_entropy_N=None if grad_entropy_N is None else grad_entropy_N[index_n].masked_fill_(ignored_n, 0),
             )
             hidden_grad_nD = reference.head_backward(
                 grad_nV,
@@ -305,8 +306,8 @@ def plan_tiles(hidden_ND: Tensor, head: Head, *, entropy: bool, max_tile_bytes: 
         ValueError: the budget holds not even one row, or one upcast row of the weight.
     """
     budget = default_tile_bytes(hidden_ND.device) if max_tile_bytes is None else max_tile_bytes
-    vocabulary, width = head.weight_VD.shape
-    dtype = reference.compute_dtype(hidden_ND.dtype)
+    vocabulary, width = head.weight.shape
+    dtype = reference.compute_dtype(hidden_ND)
     upcast_bytes = 0 if hidden_ND.dtype == dtype else max(1, width) * dtype.itemsize
     row_bytes = vocabulary * dtype.itemsize * (1 + (head.softcap is not None) + entropy) + upcast_bytes
     if budget < row_bytes + upcast_bytes:
@@ -338,9 +339,7 @@ def _tile_rows(labels_N: Tensor, scored_index: Tensor | None, ignore_index: int,
     yield from scored_index.split(rows) if scored_index.shape[0] else ()
 
 
-def _gather(
-    hidden_ND: Tensor, labels_N: Tensor, index_n: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gather(hidden_ND: Tensor, labels_N: Tensor, index_n: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of a tile; one whose label is ignored becomes a zero row of label 0, so that nothing in it can leak."""
     labels_n = labels_N[index_n]
     ignored_n = labels_n == ignore_index

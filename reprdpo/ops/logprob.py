@@ -11,7 +11,6 @@ from torch import Tensor
 
 from reprdpo.ops import backend, checks, reference
 from reprdpo.ops.linear_logprob import check_integer, default_tile_bytes
-from reprdpo.ops.reference import TokenLogprob
 
 backend.declare("logprob")
 
@@ -62,7 +61,7 @@ def logprob(
 
 def _tiles(logits_NV: Tensor, labels_N: Tensor, ignore_index: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Rows, their logits as a fresh tensor in the compute dtype, labels, and where these are ignored (a zero row)."""
-    dtype = reference.compute_dtype(logits_NV.dtype)
+    dtype = reference.compute_dtype(logits_NV)
     step = max(1, default_tile_bytes(logits_NV.device) // (logits_NV.shape[1] * dtype.itemsize))
     for start in range(0, logits_NV.shape[0], step):
         rows = slice(start, start + step)
@@ -85,9 +84,8 @@ def _write_gradient(
         grad_nV = reference.token_logprob_backward(
             tile_nV.div_(temperature),
             labels_n,
-            TokenLogprob(labels_n, *row_stats_3N[:, rows], None),
+            row_stats_3N[:, rows],
             grad_logp_N[rows].masked_fill(ignored_n, 0),
-            None,
         )
         out_NV[rows] = grad_nV.div_(temperature)
 
@@ -100,8 +98,8 @@ def _logprob(
     logp_N, row_stats_3N = _empty_outputs(logits)
     for rows, tile_nV, labels_n, ignored_n in _tiles(logits, labels, ignore_index):
         tile = reference.token_logprob(tile_nV.div_(temperature), labels_n)
-        logp_N[rows] = tile.logp_N.masked_fill_(ignored_n, 0)
-        row_stats_3N[:, rows] = torch.stack([tile.row_max_N, tile.sum_other_N, tile.sum_all_N])
+        logp_N[rows] = tile.logp.masked_fill_(ignored_n, 0)
+        row_stats_3N[:, rows] = tile.row_stats
     return logp_N, row_stats_3N
 
 
@@ -113,7 +111,7 @@ def _(
 
 
 def _empty_outputs(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    dtype, num_tokens = reference.compute_dtype(logits_NV.dtype), logits_NV.shape[0]
+    dtype, num_tokens = reference.compute_dtype(logits_NV), logits_NV.shape[0]
     return logits_NV.new_empty(num_tokens, dtype=dtype), logits_NV.new_empty(3, num_tokens, dtype=dtype)
 
 

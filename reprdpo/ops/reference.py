@@ -1,50 +1,228 @@
-"""Every op once in plain PyTorch, in the order of its formula: the oracle of the tests and the reference backend.
+"""The oracle: every op once in plain PyTorch, in the order of its formula; bf16 and fp16 are taken up to float32."""
 
-Shape suffixes: N tokens, D hidden size, V vocabulary, P pairs, S sequences (2P, all chosen and then all rejected).
-Computation is in float32, from float64 in float64; a tensor named as consumed is overwritten.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for every other floating dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+# B sequences, T padded length, N packed tokens, L layers, D hidden size, V vocabulary, P pairs, S = 2P sequences.
 
 
-# Log-probabilities
+class ProbeRewardGradients(NamedTuple):
+    """Gradients of ``probe_reward``; None for an input that asks none."""
+
+    hidden_states: list[Tensor] | None
+    probe_weight: Tensor | None
+    probe_bias: Tensor | None
+    gate_weight: Tensor | None
+    gate_bias: Tensor | None
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype an op computes in: float64 where an input has it, float32 otherwise."""
+    doubles = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if doubles else torch.float32
+
+
+def last_token_index(attention_mask_BT: Tensor) -> Tensor:
+    """``index_b = max{t : mask_bt != 0}``, -1 where there is none; int64 [B]."""
+    B, T = attention_mask_BT.shape
+    if T == 0:
+        return torch.full((B,), -1, dtype=torch.int64, device=attention_mask_BT.device)
+    positions = torch.arange(T, device=attention_mask_BT.device)
+    return torch.where(attention_mask_BT != 0, positions, -1).amax(dim=1)
+
+
+def pool_last_token(hidden_states: Sequence[Tensor], index_B: Tensor) -> Tensor:
+    """``pooled_bl = hidden_states[l][b, index_b]`` [B, L, D]; NaN where the index is out of range.
+
+    ``hidden_states`` are L tensors [B, T, D], or [N, D] with a flat index, or one [L, B, T, D].
+    """
+    layers = _layers(hidden_states)
+    B, D, tokens = index_B.shape[0], layers[0].shape[-1], layers[0].shape[-2]
+    if tokens == 0 or B == 0:
+        return layers[0].new_full((B, len(layers), D), float("nan"))
+    at = _positions(layers[0], index_B)
+    rows_BLD = torch.stack([layer[at] for layer in layers], dim=1)
+    return torch.where(_in_range(index_B, tokens)[:, None, None], rows_BLD, float("nan"))
+
+
+def pool_last_token_backward(
+    grad_BLD: Tensor, index_B: Tensor, hidden_shape: Sequence[int], hidden_count: int
+) -> list[Tensor]:
+    """The gradient of each of the ``hidden_count`` tensors of shape ``hidden_shape``: zero but at the pooled rows."""
+    grads = [grad_BLD.new_zeros(hidden_shape) for _ in range(hidden_count)]
+    layers = _layers(grads)
+    tokens = layers[0].shape[-2]
+    if tokens == 0 or index_B.shape[0] == 0:
+        return grads
+    at = _positions(layers[0], index_B)
+    grad_BLD = torch.where(_in_range(index_B, tokens)[:, None, None], grad_BLD, 0)
+    for layer, rows_BD in zip(layers, grad_BLD.unbind(1), strict=True):
+        layer.index_put_(at, rows_BD, accumulate=True)
+    return grads
+
+
+def probe_reward(
+    pooled_BLD: Tensor,
+    probe_weight_LD: Tensor,
+    probe_bias_L: Tensor,
+    gate_weight: Tensor | None,
+    gate_bias_L: Tensor,
+    gate: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``R = sum_l g_l s_l`` with ``s_l = w_l . h_l + b_l``: (reward [B], layer_scores [B, L], layer_gate [B, L]).
+
+    softmax: ``g = softmax_l(v_l . h_l + c_l)``; static: ``g = softmax(c)``; vote: ``g = sigma(V s + c)``.
+    """
+    dtype = compute_dtype(pooled_BLD, probe_weight_LD)
+    h_BLD, w_LD, b_L, c_L = (x.to(dtype) for x in (pooled_BLD, probe_weight_LD, probe_bias_L, gate_bias_L))
+    scores_BL = (h_BLD * w_LD).sum(-1) + b_L
+    if gate == "softmax":
+        assert gate_weight is not None
+        gate_BL = torch.softmax((h_BLD * gate_weight.to(dtype)).sum(-1) + c_L, dim=-1)
+    elif gate == "static":
+        gate_BL = torch.softmax(c_L, dim=-1).expand_as(scores_BL).contiguous()
+    else:
+        assert gate_weight is not None
+        gate_BL = torch.sigmoid((scores_BL[:, None, :] * gate_weight.to(dtype)).sum(-1) + c_L)
+    return (gate_BL * scores_BL).sum(-1), scores_BL, gate_BL
+
+
+def probe_reward_backward(
+    grad_reward_B: Tensor | None,
+    grad_scores_BL: Tensor | None,
+    grad_gate_BL: Tensor | None,
+    pooled_BLD: Tensor | None,
+    index_B: Tensor | None,
+    probe_weight_LD: Tensor,
+    gate_weight: Tensor | None,
+    scores_BL: Tensor,
+    gate_BL: Tensor,
+    gate: str,
+    hidden_shape: Sequence[int],
+    hidden_count: int,
+    hidden_dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> ProbeRewardGradients:
+    """Gradients of :func:`probe_reward` on pooled or unpooled states; rows whose index is out of range give none.
+
+    With G = dR, A and Q the upstream gradients of scores and gate, u = G s + Q and d = G g + A:
+    softmax, static: ``dz = g (u - sum_l g_l u_l)``; vote: ``dz = g (1 - g) u`` and ``d += V^T dz``;
+    ``dw_l = sum_b d_l h_l``, ``db = sum_b d``, ``dv_l = sum_b dz_l h_l`` (vote ``dV = sum_b dz s^T``),
+    ``dc = sum_b dz``, ``dh_l = d_l w_l + dz_l v_l``.  ``needs`` follows the fields of the result; ``pooled`` is there
+    where a weight that multiplies it needs a gradient.
+    """
+    dtype, parameter_dtype = scores_BL.dtype, probe_weight_LD.dtype
+    needs_hidden, needs_probe, needs_probe_bias, needs_gate, needs_gate_bias = needs
+    zero = scores_BL.new_zeros(())
+    G_B1 = zero if grad_reward_B is None else grad_reward_B[:, None]
+    u_BL = G_B1 * scores_BL + (zero if grad_gate_BL is None else grad_gate_BL)
+    d_BL = G_B1 * gate_BL + (zero if grad_scores_BL is None else grad_scores_BL)
+    if gate == "vote":
+        assert gate_weight is not None
+        dz_BL = gate_BL * (1 - gate_BL) * u_BL
+        d_BL = d_BL + (dz_BL[:, :, None] * gate_weight.to(dtype)).sum(1)
+    else:
+        dz_BL = gate_BL * (u_BL - (gate_BL * u_BL).sum(-1, keepdim=True))
+    if index_B is not None:
+        valid_B1 = _in_range(index_B, hidden_shape[-2])[:, None]
+        d_BL, dz_BL, scores_BL = (torch.where(valid_B1, x, 0) for x in (d_BL, dz_BL, scores_BL))
+
+    probe_grad = gate_grad = hidden_grads = None
+    if pooled_BLD is not None:
+        h_BLD = pooled_BLD.to(dtype)
+        if index_B is not None:
+            h_BLD = torch.where(valid_B1[:, :, None], h_BLD, 0)
+        if needs_probe:
+            probe_grad = (d_BL[:, :, None] * h_BLD).sum(0)
+        if needs_gate and gate == "softmax":
+            gate_grad = (dz_BL[:, :, None] * h_BLD).sum(0)
+    if needs_gate and gate == "vote":
+        gate_grad = (dz_BL[:, :, None] * scores_BL[:, None, :]).sum(0)
+    if needs_hidden:
+        rows_BLD = d_BL[:, :, None] * probe_weight_LD.to(dtype)
+        if gate == "softmax":
+            assert gate_weight is not None
+            rows_BLD = rows_BLD + dz_BL[:, :, None] * gate_weight.to(dtype)
+        rows_BLD = rows_BLD.to(hidden_dtype)
+        hidden_grads = [rows_BLD]
+        if index_B is not None:
+            hidden_grads = pool_last_token_backward(rows_BLD, index_B, hidden_shape, hidden_count)
+    return ProbeRewardGradients(
+        hidden_grads,
+        None if probe_grad is None else probe_grad.to(parameter_dtype),
+        d_BL.sum(0).to(parameter_dtype) if needs_probe_bias else None,
+        None if gate_grad is None else gate_grad.to(parameter_dtype),
+        dz_BL.sum(0).to(parameter_dtype) if needs_gate_bias else None,
+    )
+
+
+def preference_confidence(
+    chosen_reward_P: Tensor,
+    rejected_reward_P: Tensor,
+    alpha: float,
+    squash: bool,
+    floor: float | None,
+    reduce: str | None,
+) -> Tensor:
+    """``gamma = sigma(alpha (R_c - R_r))``, of ``sigma(R)`` with squash; then ``max(gamma, floor)``; then the mean."""
+    dtype = compute_dtype(chosen_reward_P, rejected_reward_P)
+    chosen_P, rejected_P = chosen_reward_P.to(dtype), rejected_reward_P.to(dtype)
+    if squash:
+        chosen_P, rejected_P = torch.sigmoid(chosen_P), torch.sigmoid(rejected_P)
+    gamma_P = torch.sigmoid(alpha * (chosen_P - rejected_P))
+    if floor is not None:
+        gamma_P = gamma_P.clamp(min=floor)
+    if reduce == "batch":
+        gamma_P = gamma_P.mean().expand_as(gamma_P).contiguous()
+    return gamma_P
+
+
+def _layers(hidden_states: Sequence[Tensor]) -> Sequence[Tensor]:
+    return hidden_states[0].unbind(0) if hidden_states[0].dim() == 4 else hidden_states
+
+
+def _positions(layer: Tensor, index_B: Tensor) -> tuple[Tensor, ...]:
+    """Where the pooled rows lie in a layer; an index out of range is moved inside, its row is selected away after."""
+    inside_B = index_B.clamp(0, layer.shape[-2] - 1)
+    if layer.dim() == 2:
+        return (inside_B,)
+    return (torch.arange(index_B.shape[0], device=index_B.device), inside_B)
+
+
+def _in_range(index_B: Tensor, tokens: int) -> Tensor:
+    return (index_B >= 0) & (index_B < tokens)
+
+
+# Log-probabilities. A tensor that a docstring calls consumed is overwritten.
 
 
 class Head(NamedTuple):
     """What makes logits of hidden states: ``z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature``."""
 
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
+    weight: Tensor
+    bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
 
 
 class TokenLogprob(NamedTuple):
-    """log p of the label of each row and what the backward needs of the row: max z, S_-y and S, relative to max z."""
+    """log p of each row's label [N], entropy [N], and for the backward [3, N]: max z, and S_-y and S relative to it."""
 
-    logp_N: Tensor
-    row_max_N: Tensor
-    sum_other_N: Tensor
-    sum_all_N: Tensor
-    entropy_N: Tensor | None
+    logp: Tensor
+    row_stats: Tensor
+    entropy: Tensor | None
 
 
 def head_logits(hidden_ND: Tensor, head: Head, *, block: int | None = None) -> Tensor:
     """Logits [N, V] in the compute dtype; a half-precision weight is upcast ``block`` rows at a time."""
-    logits_NV = _matmul_weight_t(hidden_ND, head.weight_VD, block)
-    if head.bias_V is not None:
-        logits_NV += head.bias_V
+    logits_NV = _matmul_weight_t(hidden_ND, head.weight, block)
+    if head.bias is not None:
+        logits_NV += head.bias
     if head.logit_scale != 1.0:
         logits_NV *= head.logit_scale
     if head.softcap is not None:
@@ -77,7 +255,7 @@ def head_backward(
         weight_grad_VD.addmm_(grad_logits_NV.t(), hidden_ND.to(grad_logits_NV.dtype))
     if bias_grad_V is not None:
         bias_grad_V += grad_logits_NV.sum(0)
-    return _matmul_weight(grad_logits_NV, head.weight_VD, block) if hidden_grad else None
+    return _matmul_weight(grad_logits_NV, head.weight, block) if hidden_grad else None
 
 
 def softcap_slope(logits_NV: Tensor, head: Head) -> Tensor | None:
@@ -108,11 +286,17 @@ def token_logprob(logits_NV: Tensor, labels_N: Tensor, *, entropy: bool = False)
     logp_N = torch.where(gap_N < 40.0, near_N, -gap_N - torch.log(sum_all_N))
     logp_N = torch.where(in_range_N, logp_N, torch.nan)
     entropy_N = None if entr_sum_N is None else torch.log(sum_all_N) + entr_sum_N / sum_all_N
-    return TokenLogprob(logp_N, row_max_N, sum_other_N, sum_all_N, entropy_N)
+    return TokenLogprob(logp_N, torch.stack([row_max_N, sum_other_N, sum_all_N]), entropy_N)
 
 
 def token_logprob_backward(
-    logits_NV: Tensor, labels_N: Tensor, saved: TokenLogprob, grad_logp_N: Tensor | None, grad_entropy_N: Tensor | None
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    row_stats_3N: Tensor,
+    grad_logp_N: Tensor | None,
+    *,
+    entropy_N: Tensor | None = None,
+    grad_entropy_N: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the logits, written over them.
 
@@ -121,20 +305,19 @@ def token_logprob_backward(
     ``c S_-y / S``, which does not cancel as p_y goes to 1 where c (1 - p_y) would.
     """
     target_N1, in_range_N = _targets(logits_NV, labels_N)
-    grad_NV = logits_NV.sub_(saved.row_max_N.unsqueeze(1)).exp_()
+    row_max_N, sum_other_N, sum_all_N = row_stats_3N.unbind()
+    grad_NV = logits_NV.sub_(row_max_N.unsqueeze(1)).exp_()
     exp_target_N = grad_NV.gather(1, target_N1).squeeze(1)
-    scale_N = torch.zeros_like(saved.sum_all_N)
-    target_grad_N = torch.zeros_like(saved.sum_all_N)
+    scale_N = torch.zeros_like(sum_all_N)
+    target_grad_N = torch.zeros_like(sum_all_N)
     entr_NV = None
     if grad_logp_N is not None:
-        scale_N = torch.where(in_range_N, -grad_logp_N / saved.sum_all_N, torch.nan)
-        target_grad_N = -scale_N * saved.sum_other_N
-    if grad_entropy_N is not None and saved.entropy_N is not None:
-        per_sum_N = grad_entropy_N / saved.sum_all_N
-        constant_N = per_sum_N * (torch.log(saved.sum_all_N) - saved.entropy_N)
-        target_grad_N = (
-            target_grad_N + exp_target_N * constant_N + torch.special.entr(exp_target_N) * per_sum_N
-        )
+        scale_N = torch.where(in_range_N, -grad_logp_N / sum_all_N, torch.nan)
+        target_grad_N = -scale_N * sum_other_N
+    if grad_entropy_N is not None and entropy_N is not None:
+        per_sum_N = grad_entropy_N / sum_all_N
+        constant_N = per_sum_N * (torch.log(sum_all_N) - entropy_N)
+        target_grad_N = target_grad_N + exp_target_N * constant_N + torch.special.entr(exp_target_N) * per_sum_N
         scale_N = scale_N + constant_N
         entr_NV = torch.special.entr(grad_NV).mul_(per_sum_N.unsqueeze(1))
     grad_NV *= scale_N.unsqueeze(1)
@@ -147,7 +330,7 @@ def linear_logprob(hidden_ND: Tensor, head: Head, labels_N: Tensor, *, ignore_in
     """log p of each label in one piece, 0 where ignored; ignored rows are selected away before any arithmetic."""
     scored_n = (labels_N != ignore_index).nonzero().squeeze(1)
     logits_nV = head_logits(hidden_ND[scored_n], head)
-    logp_n = token_logprob(logits_nV, labels_N[scored_n]).logp_N
+    logp_n = token_logprob(logits_nV, labels_N[scored_n]).logp
     return logp_n.new_zeros(labels_N.shape).index_copy_(0, scored_n, logp_n)
 
 
@@ -158,7 +341,7 @@ def _targets(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _matmul_weight_t(hidden_ND: Tensor, weight_VD: Tensor, block: int | None) -> Tensor:
-    dtype = compute_dtype(weight_VD.dtype)
+    dtype = compute_dtype(weight_VD)
     if weight_VD.dtype == dtype:
         return hidden_ND @ weight_VD.t()
     if hidden_ND.is_cuda:
@@ -189,15 +372,13 @@ def _weight_blocks(weight_VD: Tensor, dtype: torch.dtype, block: int | None) -> 
 
 
 class Segments(NamedTuple):
-    """Tokens by sequence: ``order`` makes the sequences contiguous (None: they are), ``offsets`` bounds them."""
+    """Tokens by sequence: ``order`` [N] makes sequences contiguous (None: they are), ``offsets`` [S + 1] is bounds."""
 
-    order_N: Tensor | None
-    offsets_S1: Tensor
+    order: Tensor | None
+    offsets: Tensor
 
 
-def segments(
-    num_tokens: int, num_sequences: int, sequence_ids: Tensor | None, cu_seqlens: Tensor | None
-) -> Segments:
+def segments(num_tokens: int, num_sequences: int, sequence_ids: Tensor | None, cu_seqlens: Tensor | None) -> Segments:
     """Segments of the tokens; ids outside [0, S) belong to none, boundaries outside [0, N] or falling are clamped."""
     if cu_seqlens is not None:
         return Segments(None, cu_seqlens.long().clamp(0, num_tokens).cummax(0).values)
@@ -210,24 +391,24 @@ def segments(
 def sequence_sum(token_logprob_N: Tensor, layout: Segments, *, average: bool = False) -> Tensor:
     """Sum of each sequence's tokens, added in float64 in token order; its mean where ``average``, 0/0 being 0."""
     values_N = token_logprob_N.double()
-    if layout.order_N is not None:
-        values_N = values_N[layout.order_N]
+    if layout.order is not None:
+        values_N = values_N[layout.order]
     # unsafe=True leaves out the check of the offsets, which would synchronise; they are clamped above.
-    total_S = torch.segment_reduce(values_N, "sum", offsets=layout.offsets_S1, unsafe=True, initial=0.0)
+    total_S = torch.segment_reduce(values_N, "sum", offsets=layout.offsets, unsafe=True, initial=0.0)
     if average:
-        total_S = divide_or_zero(total_S, layout.offsets_S1.diff())
-    return total_S.to(compute_dtype(token_logprob_N.dtype))
+        total_S = divide_or_zero(total_S, layout.offsets.diff())
+    return total_S.to(compute_dtype(token_logprob_N))
 
 
 def sequence_sum_backward(grad_S: Tensor, layout: Segments, num_tokens: int, *, average: bool = False) -> Tensor:
     """Gradient of the tokens: their sequence's, over its length where ``average``; 0 for tokens of no sequence."""
     if average:
-        grad_S = divide_or_zero(grad_S, layout.offsets_S1.diff())
+        grad_S = divide_or_zero(grad_S, layout.offsets.diff())
     position_N = torch.arange(num_tokens, device=grad_S.device)
-    sequence_N = torch.searchsorted(layout.offsets_S1, position_N, right=True) - 1
+    sequence_N = torch.searchsorted(layout.offsets, position_N, right=True) - 1
     padded = torch.cat([grad_S, grad_S.new_zeros(1)])  # the last stands for tokens of no sequence
     grad_N = padded[torch.where(sequence_N < 0, grad_S.shape[0], sequence_N)]
-    return grad_N if layout.order_N is None else torch.empty_like(grad_N).index_copy_(0, layout.order_N, grad_N)
+    return grad_N if layout.order is None else torch.empty_like(grad_N).index_copy_(0, layout.order, grad_N)
 
 
 def divide_or_zero(value: Tensor, count: Tensor) -> Tensor:
@@ -403,5 +584,5 @@ def _by_logp(form: PairLoss, by_score: Tensor, length: Tensor | None) -> Tensor:
 
 
 def _in_compute_dtype(batch: PairBatch) -> PairBatch:
-    dtype = compute_dtype(batch.chosen_logp.dtype)
+    dtype = compute_dtype(batch.chosen_logp)
     return PairBatch(*(None if value is None else value.to(dtype) for value in batch))  # type: ignore[arg-type]

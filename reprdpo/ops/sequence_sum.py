@@ -24,8 +24,8 @@ def sequence_sum(
 ) -> Tensor:
     """Sum, or mean, of each sequence's tokens; an empty sequence has 0, its mean too.
 
-    The same numbers come out run to run on every device: tokens are sorted by sequence, stably, and added in their order
-    in float64; there are no atomics.
+    The same numbers come out run to run on every device: tokens are sorted by sequence, stably, and added in their
+    order in float64; there are no atomics.
 
     Args:
         token_logprob: ``[N]`` float32, bfloat16, float16 or float64.
@@ -74,7 +74,7 @@ def _sequence_sum(
 def _(
     token_logprob: Tensor, sequence_ids: Tensor | None, cu_seqlens: Tensor | None, num_sequences: int, average: bool
 ) -> Tensor:
-    return token_logprob.new_empty(num_sequences, dtype=reference.compute_dtype(token_logprob.dtype))
+    return token_logprob.new_empty(num_sequences, dtype=reference.compute_dtype(token_logprob))
 
 
 @torch.library.custom_op("reprdpo::sequence_sum_backward", mutates_args=())
@@ -87,9 +87,7 @@ def _sequence_sum_backward(
 
 
 @_sequence_sum_backward.register_fake
-def _(
-    grad: Tensor, sequence_ids: Tensor | None, cu_seqlens: Tensor | None, num_tokens: int, average: bool
-) -> Tensor:
+def _(grad: Tensor, sequence_ids: Tensor | None, cu_seqlens: Tensor | None, num_tokens: int, average: bool) -> Tensor:
     return grad.new_empty(num_tokens)
 
 
