@@ -94,9 +94,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 value = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(
-                    f"{path}, line {number}: is not JSON ({error}); sample again"
-                ) from None
+                raise UserError(f"{path}, line {number}: is not JSON ({error}); sample again") from None
             if not isinstance(value, dict):
                 raise UserError(f"{path}, line {number}: is no object; write {{prompt, response}} a line")
             if not (number == 1 and "format" in value):
@@ -113,9 +111,7 @@ def _record(path: Path, number: int, value: dict[str, Any], place: int, choose: 
         raise UserError(f"{path}, line {number}: field 'response' is missing or no text; every line needs it")
     prompt_id = value.get("prompt_id", place)
     if not isinstance(prompt_id, int):
-        raise UserError(
-            f"{path}, line {number}: field 'prompt_id' is {prompt_id!r}; give a whole number or none"
-        )
+        raise UserError(f"{path}, line {number}: field 'prompt_id' is {prompt_id!r}; give a whole number or none")
     return ResponseRecord(prompt_id, prompt, response, value.get("category"), value.get("harmful"))
 
 

@@ -31,7 +31,7 @@ def side_by_side(
     first = systems[names[0]]
     for name in names[1:]:
         _check_same_prompts(names[0], first, name, systems[name])
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "prompt_id": record.prompt_id,
             "prompt": record.prompt,

@@ -9,7 +9,7 @@ from typing import Any
 from reprdpo.errors import UserError
 from reprdpo.files import write_text
 from reprdpo.sampling.best_of_n import read_samples
-from reprdpo.sampling.engine import Prompt
+from reprdpo.sampling.scoring import in_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,15 +116,10 @@ def _pairs(
 def _row(record: dict[str, Any], chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": record["prompt"],
-        "chosen": _like(record["prompt"], chosen["text"]),
-        "rejected": _like(record["prompt"], rejected["text"]),
+        "chosen": in_kind(record["prompt"], chosen["text"]),
+        "rejected": in_kind(record["prompt"], rejected["text"]),
         "category": record.get("category"),
         "source": "sampled",
         "chosen_reward": chosen["reward"],
         "rejected_reward": rejected["reward"],
     }
-
-
-def _like(prompt: Prompt, text: str) -> Prompt:
-    """The response in the prompt's kind: a text beside a text, a message beside a chat."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

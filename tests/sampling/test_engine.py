@@ -140,9 +140,7 @@ def test_chat_prompts_go_through_the_template(engine, tokenizer):
     chat = [[{"role": "user", "content": "hi"}]]
     with pytest.raises(UserError, match="chat template"):
         drawn(engine, chat)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.content }}{% endfor %}{{ '>' if add_generation_prompt }}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '>' if add_generation_prompt }}"
     try:
         assert drawn(engine, chat) == drawn(engine, ["hi>"])
     finally:
