@@ -1,0 +1,227 @@
+"""Rates with their intervals: one run (Wilson), several seeds, and the comparison of two systems on the same prompts.
+
+Shape suffixes: S seeds, P prompts. All of it is closed form, so the same data give the same numbers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reprdpo.errors import UserError
+
+FloatArray = NDArray[np.float64]
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """``k`` of ``n``, and the Wilson interval of ``rate``; with n = 0 the rate is NaN and the interval [0, 1]."""
+
+    k: int
+    n: int
+    rate: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, k: int, n: int, *, level: float = 0.95) -> "Rate":
+        """The rate of ``k`` events in ``n`` trials."""
+        if not 0 <= k <= n:
+            raise ValueError(f"k and n: got {k} of {n}; expected 0 <= k <= n")
+        if n == 0:
+            return cls(0, 0, math.nan, 0.0, 1.0)
+        low, high = _wilson(k / n, n, NormalDist().inv_cdf((1 + level) / 2))
+        return cls(k, n, k / n, low, high)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A rate over several seeds: ``mean`` with an interval for other prompts and other seeds alike.
+
+    ``n`` prompts were judged in every one of ``seeds`` runs; ``unparsed`` further ones were not, and are left out.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    seeds: int
+    unparsed: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rate of one system minus that of another on the same ``n`` prompts; ``p`` is two-sided.
+
+    ``verdict`` on "the first is below the second": "held" or "reversed" where the interval leaves 0 out, else
+    "undecided".
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    n: int
+    seeds: tuple[int, int]
+    unparsed: int
+
+    @property
+    def verdict(self) -> str:
+        if self.high < 0:
+            return "held"
+        return "reversed" if self.low > 0 else "undecided"
+
+    @property
+    def held(self) -> bool:
+        return self.verdict == "held"
+
+    def describe(self) -> str:
+        """One line in percentage points."""
+        points = [100 * value for value in (self.difference, self.low, self.high)]
+        seeds = f"{self.seeds[0]} and {self.seeds[1]} seeds"
+        interval = f"{points[0]:+.1f} points, 95 % interval [{points[1]:+.1f}, {points[2]:+.1f}]"
+        return f"{self.verdict}: {interval}, p = {self.p:.3g}, {self.n} prompts, {seeds}"
+
+
+def mean_over_seeds(outcomes: Sequence[Sequence[bool | None]], *, level: float = 0.95) -> Estimate:
+    """The mean rate over seeds with an interval that reflects both prompts and seeds.
+
+    Prompts and seeds are crossed random effects. With the mean squares of a two-way table without replication,
+    ``Var(mean) = (MS_prompt + max(0, MS_seed - MS_error)) / (S P)`` and Satterthwaite's degrees of freedom; the
+    interval is Wilson's with the effective sample size ``m (1 - m) / Var`` and Student's quantile (Franco et al. 2019
+    for surveys), so it stays within [0, 1] and has width at a rate of 0. A bootstrap of few seeds would be too narrow.
+
+    Args:
+        outcomes: one row a seed, one outcome a prompt in the same order: true (the event), false, or None (unparsed).
+
+    Raises:
+        UserError: no seeds, rows of unequal length, or no prompt judged in every run.
+    """
+    outcomes_SP, unparsed = _complete(_table(outcomes))
+    seeds, prompts = outcomes_SP.shape
+    mean = float(outcomes_SP.mean())
+    variance = _seed_variance(outcomes_SP)
+    prompt = _Variance(float(outcomes_SP.mean(0).var(ddof=1)) / prompts if prompts > 1 else 0.0, prompts - 1)
+    total = prompt.value + variance.value
+    if total == 0:
+        low, high = _wilson(mean, prompts, NormalDist().inv_cdf((1 + level) / 2))
+    else:
+        quantile = _student_quantile((1 + level) / 2, _satterthwaite([prompt, variance]))
+        low, high = _wilson(mean, mean * (1 - mean) / total, quantile)
+    return Estimate(mean, low, high, prompts, seeds, unparsed)
+
+
+def compare(
+    first: Sequence[Sequence[bool | None]], second: Sequence[Sequence[bool | None]], *, level: float = 0.95
+) -> Comparison:
+    """``first``'s rate minus ``second``'s, paired by prompt, each with seeds of its own.
+
+    The variance is that of the prompts' differences (which the pairing makes small) plus each system's seed variance;
+    interval and p are Student's with Satterthwaite's degrees of freedom.
+
+    Args:
+        first: as in :func:`mean_over_seeds`.
+        second: the same prompts; the number of seeds may differ.
+
+    Raises:
+        UserError: as :func:`mean_over_seeds`, or another number of prompts in one than in the other.
+    """
+    first_SP, second_SP = _table(first), _table(second)
+    if first_SP.shape[1] != second_SP.shape[1]:
+        raise UserError(
+            f"comparison: one system answered {first_SP.shape[1]} prompts, the other {second_SP.shape[1]}; "
+            "evaluate both on the same prompt set"
+        )
+    both_SP, unparsed = _complete(np.concatenate([first_SP, second_SP]))
+    first_SP, second_SP = both_SP[: len(first_SP)], both_SP[len(first_SP) :]
+    prompts = both_SP.shape[1]
+    difference_P = first_SP.mean(0) - second_SP.mean(0)
+    difference = float(difference_P.mean())
+    # One discordant prompt is added to the sum of squares: two systems that never differed are not known to be equal.
+    squares = float(((difference_P - difference) ** 2).sum()) + 1
+    prompt = _Variance(squares / (prompts * max(1, prompts - 1)), max(1, prompts - 1))
+    parts = [prompt, _seed_variance(first_SP), _seed_variance(second_SP)]
+    error = math.sqrt(sum(part.value for part in parts))
+    freedom = _satterthwaite(parts)
+    width = _student_quantile((1 + level) / 2, freedom) * error
+    p = 2 * (1 - _student_cdf(abs(difference) / error, freedom))
+    return Comparison(
+        difference,
+        max(-1.0, difference - width),
+        min(1.0, difference + width),
+        min(1.0, p),
+        prompts,
+        (len(first_SP), len(second_SP)),
+        unparsed,
+    )
+
+
+class _Variance(NamedTuple):
+    """A part of a mean's variance, and the degrees of freedom it was estimated with."""
+
+    value: float
+    freedom: int
+
+
+def _table(outcomes: Sequence[Sequence[bool | None]]) -> FloatArray:
+    lengths = {len(row) for row in outcomes}
+    if len(lengths) != 1 or lengths == {0}:
+        found = ", ".join(map(str, sorted(lengths))) or "no"
+        raise UserError(f"outcomes: runs of {found} prompts; expected one or more runs over the same prompts")
+    return np.array([[np.nan if value is None else float(value) for value in row] for row in outcomes])
+
+
+def _complete(outcomes_SP: FloatArray) -> tuple[FloatArray, int]:
+    judged_P = ~np.isnan(outcomes_SP).any(0)
+    if not judged_P.any():
+        raise UserError("outcomes: no prompt was judged in every run; look at the judge's unparsed answers")
+    return outcomes_SP[:, judged_P], int((~judged_P).sum())
+
+
+def _seed_variance(outcomes_SP: FloatArray) -> _Variance:
+    """What seeds alone add to the variance of the mean: ``max(0, MS_seed - MS_error) / (S P)``; 0 from one seed."""
+    seeds, prompts = outcomes_SP.shape
+    if seeds < 2 or prompts < 2:
+        return _Variance(0.0, 1)
+    mean_S1, mean_1P = outcomes_SP.mean(1, keepdims=True), outcomes_SP.mean(0, keepdims=True)
+    error_SP = outcomes_SP - mean_S1 - mean_1P + outcomes_SP.mean()
+    seed_square = prompts * float(mean_S1.var(ddof=1))
+    error_square = float((error_SP**2).sum()) / ((seeds - 1) * (prompts - 1))
+    return _Variance(max(0.0, seed_square - error_square) / (seeds * prompts), seeds - 1)
+
+
+def _satterthwaite(parts: Sequence[_Variance]) -> float:
+    total = sum(part.value for part in parts)
+    return total**2 / sum(part.value**2 / part.freedom for part in parts)
+
+
+def _wilson(rate: float, n: float, quantile: float) -> tuple[float, float]:
+    """Wilson's score interval (1927)."""
+    square = quantile**2
+    centre = (rate + square / (2 * n)) / (1 + square / n)
+    width = quantile * math.sqrt(rate * (1 - rate) / n + square / (4 * n**2)) / (1 + square / n)
+    return (0.0 if rate == 0 else max(0.0, centre - width)), (1.0 if rate == 1 else min(1.0, centre + width))
+
+
+def _student_cdf(t: float, freedom: float) -> float:
+    """Student's distribution function: with t = sqrt(freedom) tan(u) its density is cos(u)^(freedom - 1)."""
+    end = math.atan(t / math.sqrt(freedom))
+    integral = end / 2 * float(_WEIGHTS @ np.cos(end / 2 * (_NODES + 1)) ** (freedom - 1))
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    return 0.5 + scale * integral
+
+
+def _student_quantile(probability: float, freedom: float) -> float:
+    low, high = 0.0, 1.0
+    while _student_cdf(high, freedom) < probability:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_cdf(middle, freedom) < probability else (low, middle)
+    return high

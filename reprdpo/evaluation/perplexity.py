@@ -1,0 +1,76 @@
+"""Perplexity of held-out text: what alignment cost in general ability."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from reprdpo import ops
+from reprdpo.data import ResponseCollator, length_grouped_batches
+from reprdpo.errors import UserError
+from reprdpo.models import decoder, head_spec
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 32, progress: bool = False
+) -> float:
+    """``exp`` of the mean negative log-likelihood over all scored tokens (long texts weigh more than short ones).
+
+    Args:
+        model: a causal LM; its training mode is left as it was.
+        rows: ``input_ids`` and ``response_start`` (tokenised responses); tokens from ``response_start`` on are scored.
+        batch_size: sequences a forward.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: no rows, or not one token to score.
+    """
+    if len(rows) == 0:
+        raise UserError("perplexity: no texts; give a file with at least one line")
+    collate = ResponseCollator(_pad_token_id(model))
+    batches = length_grouped_batches([len(row["input_ids"]) for row in rows], batch_size)
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    try:
+        for batch in tqdm(batches, unit=" batches", desc="perplexity", disable=not progress):
+            inputs = {
+                name: value.to(model.device) if isinstance(value, Tensor) else value
+                for name, value in collate([rows[row] for row in batch]).items()
+            }
+            total -= float(_summed_logprob(model, inputs))
+            count += inputs["scored_index"].numel()
+    finally:
+        model.train(was_training)
+    if count == 0:
+        raise UserError("perplexity: not one token to score; each text needs at least one token after its prompt")
+    mean = total / count
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _summed_logprob(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    hidden_BTD = decoder(model)(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+    ).last_hidden_state
+    head = head_spec(model)
+    logprob_BT: Any = ops.linear_logprob(
+        hidden_BTD,
+        head.weight,
+        inputs["labels"],
+        bias=head.bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        scored_index=inputs["scored_index"],
+    )
+    return logprob_BT.sum(dtype=torch.float64)
+
+
+def _pad_token_id(model: PreTrainedModel) -> int:
+    """Any token serves: what lies under padding is masked and never scored."""
+    configured = model.config.get_text_config().pad_token_id
+    return configured if configured is not None else 0

@@ -1,0 +1,72 @@
+"""Rewards of responses, read from a model's pooled hidden states."""
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from reprdpo.data import ResponseCollator, TokenizeConfig, length_grouped_batches, tokenize_response
+from reprdpo.errors import UserError
+from reprdpo.reward import HybridReward, pool_states
+from reprdpo.sampling.engine import Prompt
+
+
+@torch.inference_mode()
+def score_responses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reward: HybridReward,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    *,
+    tokenize: TokenizeConfig | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[float]:
+    """The reward of each response to its prompt, in order; NaN for an empty one.
+
+    With the first three arguments bound (``functools.partial``) this is the ``score`` of
+    :func:`~reprdpo.sampling.best_of_n.sample_responses`.
+
+    Args:
+        model: the causal LM the reward was fitted on, or a descendant of it.
+        tokenizer: its tokenizer.
+        reward: the probes and gate; moved nowhere, so it should be on the model's device.
+        prompts: one a response, repeated where a prompt has several.
+        responses: texts; a chat's response becomes the assistant's message.
+        tokenize: the tokenisation the reward was fitted with.
+        batch_size: sequences a forward, taken by length.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: unequal lengths, or a prompt too long for ``tokenize``.
+    """
+    if len(prompts) != len(responses):
+        raise UserError(f"score: {len(prompts)} prompts and {len(responses)} responses; give one prompt a response")
+    config = tokenize or TokenizeConfig()
+    scored = [place for place, response in enumerate(responses) if response.strip()]
+    rows = [
+        tokenize_response(tokenizer, prompts[place], in_kind(prompts[place], responses[place]), config)._asdict()
+        for place in scored
+    ]
+    rewards = [float("nan")] * len(responses)
+    collate = ResponseCollator(0)  # any token serves as padding: it is masked
+    batches = length_grouped_batches([len(row["input_ids"]) for row in rows], batch_size)
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in tqdm(batches, unit=" batches", desc="score", disable=not progress):
+            inputs = collate([rows[row] for row in batch])
+            ids_BT, mask_BT = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask"))
+            pooled_BLD = pool_states(model, ids_BT, mask_BT, pool=reward.metadata.pool)
+            for row, value in zip(batch, reward(pooled_BLD).reward.tolist(), strict=True):
+                rewards[scored[row]] = value
+    finally:
+        model.train(was_training)
+    return rewards
+
+
+def in_kind(prompt: Prompt, response: str) -> Prompt:
+    """The response in the prompt's kind: a text beside a text, an assistant's message beside a chat."""
+    return response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]

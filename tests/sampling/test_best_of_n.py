@@ -1,0 +1,171 @@
+import dataclasses
+import json
+
+import pytest
+from datasets import Dataset
+
+from reprdpo.errors import UserError
+from reprdpo.sampling.best_of_n import best_of_n, read_samples, sample_responses
+from reprdpo.sampling.engine import SamplingConfig, TransformersEngine
+
+ROWS = [
+    {"prompt": text, "category": "S1" if number % 2 else None, "harmful": bool(number % 2)}
+    for number, text in enumerate(
+        ["a", "hello there", "what is", "a longer prompt", "zz", "hello there", "b", "cc\u2028c"]
+    )
+]
+CONFIG = SamplingConfig(num_responses=2, max_new_tokens=8, batch_size=6)
+
+
+class CountingEngine:
+    """Passes on to an engine and counts prompts; stops like a killed process after ``lives`` batches."""
+
+    def __init__(self, engine, lives=None):
+        self.engine, self.lives, self.asked = engine, lives, 0
+
+    def fingerprint(self):
+        return self.engine.fingerprint()
+
+    def generate(self, prompts, config, *, num_responses=None, prompt_ids=None):
+        if self.lives == 0:
+            raise KeyboardInterrupt
+        self.lives = None if self.lives is None else self.lives - 1
+        self.asked += len(prompts)
+        return self.engine.generate(prompts, config, num_responses=num_responses, prompt_ids=prompt_ids)
+
+
+@pytest.fixture(scope="module")
+def engine(model, tokenizer):
+    return TransformersEngine(model, tokenizer)
+
+
+def length_score(prompts, responses):
+    assert len(prompts) == len(responses)
+    return [float(len(response)) for response in responses]
+
+
+def run(engine, path, config=CONFIG, rows=ROWS, **kwargs):
+    return sample_responses(engine, rows, path, config, score=length_score, progress=False, **kwargs)
+
+
+def test_writes_a_header_and_one_line_a_prompt(engine, tmp_path):
+    path = run(engine, tmp_path / "new" / "samples.jsonl")
+    lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    assert lines[0]["format"]
+    assert [line["prompt_id"] for line in lines[1:]] == list(range(len(ROWS)))
+    for record, row in zip(lines[1:], ROWS, strict=True):
+        assert {name: record[name] for name in row} == row
+        assert len(record["responses"]) == 2
+        for response in record["responses"]:
+            assert response["reward"] == len(response["text"])
+            assert isinstance(response["truncated"], bool)
+    assert read_samples(path) == lines[1:]
+
+
+def test_responses_are_the_engines(engine, tmp_path):
+    records = read_samples(run(engine, tmp_path / "samples.jsonl"))
+    direct = dict(engine.generate([row["prompt"] for row in ROWS], CONFIG))
+    for record in records:
+        assert [r["text"] for r in record["responses"]] == [r.text for r in direct[record["prompt_id"]]]
+
+
+def test_takes_a_dataset_and_no_score(engine, tmp_path):
+    rows = Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS[:2]])
+    path = sample_responses(engine, rows, tmp_path / "samples.jsonl", CONFIG, progress=False)
+    assert [response["reward"] for record in read_samples(path) for response in record["responses"]] == [None] * 4
+    assert read_samples(path)[0]["category"] is None
+
+
+@pytest.mark.parametrize("lives", [0, 1, 2])
+def test_a_stopped_run_goes_on_and_ends_the_same(engine, tmp_path, lives):
+    whole = run(engine, tmp_path / "whole.jsonl").read_bytes()
+    path = tmp_path / "stopped.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(CountingEngine(engine, lives), path)
+    again = CountingEngine(engine)
+    run(again, path, dataclasses.replace(CONFIG, batch_size=6))
+    assert path.read_bytes() == whole
+    assert again.asked == len(ROWS) - 3 * lives
+    idle = CountingEngine(engine, lives=0)
+    run(idle, path)
+    assert path.read_bytes() == whole
+
+
+def test_every_torn_end_is_mended(engine, tmp_path):
+    whole = run(engine, tmp_path / "whole.jsonl").read_bytes()
+    path = tmp_path / "torn.jsonl"
+    ends = [0, 5, whole.index(b"\n"), whole.index(b"\n") + 1, len(whole) // 2, len(whole) - 1]
+    for end in ends:
+        path.write_bytes(whole[:end])
+        assert run(engine, path).read_bytes() == whole
+
+
+def test_a_smaller_batch_may_go_on(engine, tmp_path):
+    whole = run(engine, tmp_path / "whole.jsonl").read_bytes()
+    path = tmp_path / "stopped.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(CountingEngine(engine, 1), path)
+    run(engine, path, dataclasses.replace(CONFIG, batch_size=2))
+    assert path.read_bytes() == whole
+
+
+def test_another_runs_file_is_refused(engine, make_model, tokenizer, tmp_path):
+    path = run(engine, tmp_path / "samples.jsonl")
+    whole = path.read_bytes()
+    with pytest.raises(UserError, match=r"samples.jsonl: .*another prompt set; delete it"):
+        run(engine, path, rows=[*ROWS[:-1], {"prompt": "other"}])
+    with pytest.raises(UserError, match="another configuration"):
+        run(engine, path, dataclasses.replace(CONFIG, seed=1))
+    with pytest.raises(UserError, match="another model"):
+        run(TransformersEngine(make_model(3), tokenizer), path)
+    with pytest.raises(UserError, match="'key'"):
+        run(engine, path, key="another reward")
+    with pytest.raises(UserError, match="'scored'"):
+        sample_responses(engine, ROWS, path, CONFIG, progress=False)
+    assert path.read_bytes() == whole
+
+
+def test_bad_files_are_refused(engine, tmp_path):
+    path = run(engine, tmp_path / "samples.jsonl")
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+
+    def broken(*content):
+        bad = tmp_path / "bad.jsonl"
+        bad.write_text("".join(line + "\n" for line in content), encoding="utf-8")
+        return bad
+
+    with pytest.raises(UserError, match="no such file"):
+        read_samples(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="is empty"):
+        read_samples(broken())
+    with pytest.raises(UserError, match="line 1: is no header"):
+        read_samples(broken(*lines[1:]))
+    with pytest.raises(UserError, match="line 3: prompt_id 0 stands twice"):
+        read_samples(broken(lines[0], lines[1], lines[1]))
+    with pytest.raises(UserError, match="line 2: is not JSON"):
+        read_samples(broken(lines[0], "{", lines[1]))
+    with pytest.raises(UserError, match="line 2: lacks prompt_id"):
+        read_samples(broken(lines[0], "{}"))
+    stray = lines[1].replace('"prompt_id": 0', '"prompt_id": 99')
+    with pytest.raises(UserError, match="99 is not one of 8"):
+        run(engine, broken(lines[0], stray))
+    with pytest.raises(UserError, match="no prompts"):
+        run(engine, tmp_path / "empty.jsonl", rows=[])
+
+
+def test_a_reward_that_is_not_finite_is_null(engine, tmp_path):
+    path = sample_responses(
+        engine, ROWS[:1], tmp_path / "s.jsonl", CONFIG, score=lambda p, r: [float("nan"), 1.0], progress=False
+    )
+    (record,) = read_samples(path)
+    assert [response["reward"] for response in record["responses"]] == [None, 1.0]
+    assert best_of_n(record) == record["responses"][1]
+
+
+def test_best_of_n():
+    def record(*rewards):
+        return {"responses": [{"text": str(n), "reward": reward} for n, reward in enumerate(rewards)]}
+
+    assert best_of_n(record(0.1, 2.0, None, 2.0))["text"] == "1"
+    assert best_of_n(record(-3.0))["text"] == "0"
+    assert best_of_n(record(None, None))["text"] == "0"
