@@ -56,7 +56,7 @@ class MetricWindow:
             prefix, mean = self._spread.rsplit("/", 1)[0], result[self._spread]
             square = sums[len(names) + 1] / count
             minus_low, high = table_WK[:, -2:].amax(dim=0).tolist()
-            # max() keeps its first argument beside a NaN
+            # in this order max() lets a NaN through
             deviation = max(square - mean * mean, 0.0) ** 0.5
             result |= {f"{prefix}/std": deviation, f"{prefix}/min": -minus_low, f"{prefix}/max": high}
         self._sums_K = self._limits_2 = None

@@ -1,7 +1,9 @@
 """Online DPO: every round, fresh pairs drawn from the current policy replace the old ones."""
 
+import copy
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,19 +35,19 @@ class OnlineDPOTrainer(ReprDPOTrainer):
 
     Args:
         resample: called with the policy in evaluation mode, under no_grad; gives preference data, raw or tokenised.
-        ref_model: the reference; required, as the policy has moved when later rounds are drawn.
+        ref_model: the reference; without it a copy is made of the policy as it is handed over.
 
     Raises:
-        UserError: no reference model; more than one process; a round without pairs.
+        UserError: more than one process; a round without pairs.
     """
 
     args: OnlineDPOConfig
 
     def __init__(self, model: PreTrainedModel, args: OnlineDPOConfig, *, resample: Resample, **kwargs: Any) -> None:
-        if kwargs.get("ref_model") is None:
-            raise UserError("ref_model: online DPO needs the reference beside the moving policy; pass a second copy")
         if args.world_size > 1:
             raise UserError("online DPO runs in one process; start it without a launcher")
+        if kwargs.get("ref_model") is None:
+            kwargs["ref_model"] = copy.deepcopy(model)
         super().__init__(model, args, **kwargs)
         self._resample = resample
         self.train_dataset = _Rounds(self._batches)
@@ -57,35 +59,35 @@ class OnlineDPOTrainer(ReprDPOTrainer):
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """All batches of the run; on resume those before the checkpoint's step are empty, to be skipped."""
         done = self.state.global_step
+        if done >= self.args.max_steps:
+            return
         if done == 0:
             shutil.rmtree(self._rounds_folder(), ignore_errors=True)
         steps = 0
         for number in itertools.count():
             pairs = self._round(number)
-            for rows in itertools.islice(self._steps_of(pairs, number), self.args.max_steps - steps):
+            for rows in itertools.islice(self._steps_of(len(pairs), number), self.args.max_steps - steps):
                 for batch in rows:
                     yield {} if steps < done else self.data_collator([pairs[index] for index in batch])
                 steps += 1
             if steps == self.args.max_steps:
                 return
 
-    def _steps_of(self, pairs: Dataset, number: int) -> Iterator[list[list[int]]]:
+    def _steps_of(self, num_pairs: int, number: int) -> Iterator[list[list[int]]]:
         """For each optimizer step of a round, the indices of its micro-batches."""
         size, accumulate = self._train_batch_size, self.args.gradient_accumulation_steps
         limit = self.args.resample_steps
-        steps = 0
+        steps = math.ceil(num_pairs / (size * accumulate)) if limit == "epoch" else int(limit or 1)
+        batches = self._micro_batches(num_pairs, size, number)
+        for _ in range(steps):
+            yield list(itertools.islice(batches, accumulate))
+
+    def _micro_batches(self, num_pairs: int, size: int, number: int) -> Iterator[list[int]]:
+        """Shuffled batches without end, each pass over the pairs in an order of its own."""
         for repeat in itertools.count():
-            generator = torch.Generator().manual_seed(hash((self.args.data_seed, number, repeat)) % (1 << 63))
-            order = torch.randperm(len(pairs), generator=generator).tolist()
-            batches = [order[k : k + size] for k in range(0, len(order), size)]
-            for start in range(0, len(batches), accumulate):
-                step = batches[start : start + accumulate]
-                yield step + step[-1:] * (accumulate - len(step))
-                steps += 1
-                if steps == limit:
-                    return
-            if limit == "epoch":
-                return
+            generator = torch.Generator().manual_seed(_stream(self.args.data_seed, number, repeat))
+            order = torch.randperm(num_pairs, generator=generator).tolist()
+            yield from (order[start : start + size] for start in range(0, num_pairs, size))
 
     def _round(self, number: int) -> Dataset:
         path = self._rounds_folder() / f"round-{number:05d}.jsonl"
@@ -98,7 +100,7 @@ class OnlineDPOTrainer(ReprDPOTrainer):
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         self.model.eval()
         with torch.random.fork_rng(devices=devices), torch.no_grad():
-            torch.manual_seed(hash((self.args.seed, number)) % (1 << 63))
+            torch.manual_seed(_stream(self.args.seed, number))
             pairs = self._prepare(self._resample(self.model, number), f"round {number}")
         self.model.train()
         if pairs is None or len(pairs) == 0:
@@ -117,3 +119,8 @@ class _Rounds(IterableDataset[dict[str, Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self._make()
+
+
+def _stream(*values: Any) -> int:
+    """A seed for the random stream named by ``values``."""
+    return int(files.content_hash(*values), 16) % (1 << 63)
