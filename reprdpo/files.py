@@ -15,7 +15,7 @@ from reprdpo.errors import UserError
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a forbidden place into a :class:`UserError` naming ``path``."""
+    """Turn a full disk, a forbidden place or a file in a folder's stead into a :class:`UserError` naming ``path``."""
     try:
         yield
     except OSError as error:
@@ -23,6 +23,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise UserError(f"{path}: the disk is full; free some and run this again") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise UserError(f"{path}: another file or folder is in its way ({error.strerror}); move one") from error
         raise
 
 
@@ -62,8 +64,8 @@ def read_json(path: str | Path) -> Any:
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not JSON ({error}); delete it and run the command that made it again") from None
 
@@ -71,8 +73,12 @@ def read_json(path: str | Path) -> Any:
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
     """Yield ``(line number, value)`` from a file of our own writing; a torn last line is passed over."""
     path = Path(path)
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    with file:
+        for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
             try:
@@ -82,7 +88,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 class JsonlWriter:
-    """Append JSON lines, each one flushed to the disk; a torn last line left by a killed run is cut first."""
+    """Append JSON lines, each one handed to the system at once; a torn last line left by a killed run is cut first."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -108,6 +114,18 @@ class JsonlWriter:
         self.close()
 
 
+def looks_local(place: str | Path) -> bool:
+    """Whether ``place`` is meant as a path here; a hub name is ``name`` or ``owner/name`` with no folder ``owner``."""
+    path = Path(place).expanduser()
+    return (
+        isinstance(place, Path)
+        or place.startswith((".", "/", "~"))
+        or place.count("/") > 1
+        or path.exists()
+        or (path.parent != Path() and path.parent.exists())
+    )
+
+
 def finite(value: Any) -> Any:
     """``value`` with every NaN and infinity, at any depth, replaced by None."""
     if isinstance(value, float):
@@ -124,8 +142,11 @@ def content_hash(*values: Any) -> str:
     digest = hashlib.sha256()
     for value in values:
         if isinstance(value, Path):
-            with value.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            try:
+                with value.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise UserError(f"{value}: cannot be read ({error.strerror})") from None
         else:
             digest.update(json.dumps(value, sort_keys=True, default=str).encode())
         digest.update(b"\0")
@@ -133,11 +154,20 @@ def content_hash(*values: Any) -> str:
 
 
 def _cut_torn_line(path: Path) -> None:
+    """Cut what follows the last newline, reading backwards by blocks."""
     with path.open("rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):
-            file.truncate(whole)
+        end = file.seek(0, os.SEEK_END)
+        position = end
+        while position:
+            start = max(0, position - 65536)
+            file.seek(start)
+            newline = file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                position = start + newline + 1
+                break
+            position = start
+        if position != end:
+            file.truncate(position)
 
 
 def _umask() -> int:

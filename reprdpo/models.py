@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from reprdpo.errors import UserError
+from reprdpo.files import looks_local
 
 
 class HeadSpec(NamedTuple):
@@ -30,15 +32,23 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a causal LM in evaluation mode from a folder or a hub name.
 
+    A :class:`~pathlib.Path`, or a string that looks like one, is never looked for on the hub.
+
     Raises:
-        UserError: no configuration or no weights at ``path``, or an architecture without a causal LM head.
+        UserError: no configuration or weights at ``path``, weights that are torn or do not fill the architecture,
+            or an architecture without a causal LM head.
     """
-    _check_folder(path, "model")
+    options = {"trust_remote_code": trust_remote_code, **_where(path, "model")}
     try:
-        AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        AutoConfig.from_pretrained(**options)
+        model, info = AutoModelForCausalLM.from_pretrained(**options, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: no causal LM could be loaded: {_first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{path}: the weights lack {len(missing)} of the model's parameters (first: {missing[0]}), "
+            f"which would be random; give the folder of a whole {type(model).__name__}"
+        )
     return model.to(device).eval() if device is not None else model.eval()
 
 
@@ -48,9 +58,9 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     Raises:
         UserError: no tokenizer at ``path``, or one without an end-of-sequence token.
     """
-    _check_folder(path, "tokenizer")
+    options = {"trust_remote_code": trust_remote_code, **_where(path, "tokenizer")}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(**options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no tokenizer could be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
@@ -87,14 +97,42 @@ def output_head(model: nn.Module) -> nn.Module:
 
 
 def head_spec(model: nn.Module) -> HeadSpec:
-    """The head's weight and bias, and the logit scale (Cohere, Granite) and softcap (Gemma 2) of the configuration."""
+    """The head's weight and bias, and the logit scale (Cohere, Granite) and softcap (Gemma 2) of the configuration.
+
+    :func:`check_head` says whether a model's own logits agree.
+    """
     head: Any = output_head(model)
     config = unwrap(model).config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:
-        scale /= float(divisor)
     softcap = getattr(config, "final_logit_softcapping", None)
-    return HeadSpec(head.weight, getattr(head, "bias", None), scale, None if softcap is None else float(softcap))
+    return HeadSpec(
+        head.weight, getattr(head, "bias", None), _logit_scale(config), None if softcap is None else float(softcap)
+    )
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Compare the logits of a few tokens with what :func:`head_spec` makes of the decoder's states.
+
+    Raises:
+        UserError: they differ, so that log-probabilities read through the head alone would be wrong.
+    """
+    found = unwrap(model)
+    spec = head_spec(model)
+    ids_BT = torch.arange(min(8, spec.weight.shape[0]), device=spec.weight.device)[None]
+    was_training = found.training
+    found.eval()
+    logits_BTV = found(input_ids=ids_BT).logits.float()
+    hidden_BTD = decoder(model)(input_ids=ids_BT).last_hidden_state
+    found.train(was_training)
+    mine_BTV = nn.functional.linear(hidden_BTD.to(spec.weight.dtype), spec.weight, spec.bias).float() * spec.logit_scale
+    if spec.softcap is not None:
+        mine_BTV = spec.softcap * torch.tanh(mine_BTV / spec.softcap)
+    error = (logits_BTV - mine_BTV).abs().max()
+    if not error <= 8 * torch.finfo(spec.weight.dtype).eps * logits_BTV.abs().max().clamp(min=1.0):
+        raise UserError(
+            f"{type(found).__name__}: its logits are not softcap(scale * (W h + b)) of its last hidden state "
+            f"(off by {error:.2g}); this architecture's head is not supported"
+        )
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -115,10 +153,23 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_folder(path: str | Path, what: str) -> None:
-    looks_local = str(path).startswith((".", "/", "~")) or Path(path).exists()
-    if looks_local and not Path(path).is_dir():
-        raise UserError(f"{path}: is not a folder; give the folder of a transformers {what} (with config.json)")
+def _logit_scale(config: Any) -> float:
+    # MPT keeps an unused `logit_scale`; HyperCLOVA X multiplies by the name Granite divides by.
+    scale = 1.0 if config.model_type == "mpt" else getattr(config, "logit_scale", None) or 1.0
+    for multiplier in ("lm_head_multiplier", "output_multiplier"):
+        scale *= getattr(config, multiplier, None) or 1.0
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    return float(scale * scaling if config.model_type.startswith("hyperclovax") else scale / scaling)
+
+
+def _where(path: str | Path, what: str) -> dict[str, Any]:
+    """``from_pretrained``'s place and whether it is local; a local place must be a folder."""
+    place = Path(path).expanduser()
+    local = looks_local(path)
+    if local and not place.is_dir():
+        came = "is a file" if place.exists() else "no such folder"
+        raise UserError(f"{path}: {came}; give the folder of a transformers {what} (with config.json)")
+    return {"pretrained_model_name_or_path": str(place if local else path), "local_files_only": local}
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,1 +1,39 @@
 """Preference data: one schema, readers, tokenisation, collators, the sandbox world."""
+
+from reprdpo.data.collate import IGNORE_INDEX, PreferenceCollator, ResponseCollator, length_grouped_batches
+from reprdpo.data.readers import load_preferences, load_prompts, load_responses
+from reprdpo.data.schema import Message, Text
+from reprdpo.data.tokenize import (
+    PromptTooLongError,
+    TokenizeConfig,
+    TokenizedPair,
+    TokenizedResponse,
+    render_prompt,
+    tokenize_pair,
+    tokenize_preferences,
+    tokenize_prompt,
+    tokenize_response,
+    tokenize_responses,
+)
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Message",
+    "PreferenceCollator",
+    "PromptTooLongError",
+    "ResponseCollator",
+    "Text",
+    "TokenizeConfig",
+    "TokenizedPair",
+    "TokenizedResponse",
+    "length_grouped_batches",
+    "load_preferences",
+    "load_prompts",
+    "load_responses",
+    "render_prompt",
+    "tokenize_pair",
+    "tokenize_preferences",
+    "tokenize_prompt",
+    "tokenize_response",
+    "tokenize_responses",
+]

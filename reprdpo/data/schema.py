@@ -1,0 +1,148 @@
+"""The schema: what a preference, a prompt and a response row hold, and what is refused.
+
+A text is plain (a string) or a chat (TRL's conversational format: a list of ``{"role", "content"}``); a data set holds
+one kind only. Plain prompt and response are joined as they stand, so a separating space belongs to one of them.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from datasets import Features, Value
+
+Message = dict[str, str]
+Text = str | list[Message]
+Kind = Literal["plain", "chat"]
+
+# The turn marker of hh-rlhf's published dialogues, whose pairs come without a prompt column.
+_HH_TURN = "\n\nAssistant:"
+
+
+class InvalidRowError(ValueError):
+    """A row that breaks the schema; the message names the field and the cure, not the place."""
+
+
+class Schema(NamedTuple):
+    """The fields of one sort of row: texts are required, the others may be absent or null."""
+
+    name: str
+    texts: tuple[str, ...]
+    labels: dict[str, type]
+
+    def features(self, kind: Kind) -> Features:
+        """The columns of a data set of this sort; every label has one, null where a row has none."""
+        text: Any = Value("string") if kind == "plain" else [{"role": Value("string"), "content": Value("string")}]
+        values = {bool: Value("bool"), str: Value("string")}
+        return Features(dict.fromkeys(self.texts, text) | {name: values[t] for name, t in self.labels.items()})
+
+
+PREFERENCES = Schema(
+    "preference",
+    ("prompt", "chosen", "rejected"),
+    {"chosen_is_safe": bool, "rejected_is_safe": bool, "category": str, "source": str},
+)
+PROMPTS = Schema("prompt", ("prompt",), {"category": str, "harmful": bool, "source": str})
+RESPONSES = Schema("response", ("prompt", "response"), {"category": str, "source": str})
+
+
+def kind_of(text: Text) -> Kind:
+    """Whether a text is plain or a chat."""
+    return "plain" if isinstance(text, str) else "chat"
+
+
+def normalise_row(row: Any, schema: Schema, *, required_labels: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the schema's fields of ``row``, checked; other fields are left out.
+
+    A preference without a prompt is read by TRL's implicit-prompt format: the prompt is the messages that chosen and
+    rejected share, or in hh-rlhf's plain dialogues what they share up to the last assistant's turn.
+
+    Raises:
+        InvalidRowError: not an object; a missing, empty or wrongly typed field; plain text and chat in one row; a
+            response that does not start with an assistant's message; chosen equal to rejected.
+    """
+    if not isinstance(row, Mapping):
+        raise InvalidRowError(f"expected an object with {_listed(schema.texts)}, found {_called(row)}")
+    row = dict(row)
+    if schema is PREFERENCES and row.get("prompt") is None:
+        row |= _split_implicit_prompt(row)
+    checked: dict[str, Any] = {name: _text(row, name) for name in schema.texts}
+    kinds = {name: kind_of(checked[name]) for name in schema.texts}
+    if len(set(kinds.values())) > 1:
+        raise InvalidRowError(
+            f"'prompt' is {kinds['prompt']} and another text is not; make all of {_listed(schema.texts)} plain or chats"
+        )
+    for name in schema.texts[1:]:
+        if kinds[name] == "chat" and checked[name][0]["role"] != "assistant":
+            raise InvalidRowError(f"'{name}' starts with role '{checked[name][0]['role']}'; start with 'assistant'")
+    if schema is PREFERENCES and checked["chosen"] == checked["rejected"]:
+        raise InvalidRowError("'chosen' equals 'rejected'; remove the row, it states no preference")
+    for name, wanted in schema.labels.items():
+        checked[name] = _label(row, name, wanted, required=name in required_labels)
+    return checked
+
+
+def _text(row: Mapping[str, Any], name: str) -> Text:
+    value = row.get(name)
+    if value is None:
+        raise InvalidRowError(f"field '{name}' is missing; every row needs it ({_found(row)})")
+    if isinstance(value, str):
+        return _whole_text(value, name)
+    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+        raise InvalidRowError(f"field '{name}' is {_called(value)}; give a string or a list of {{role, content}}")
+    for message in value:
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise InvalidRowError(f"field '{name}' has a message whose role or content is not a string; make both text")
+    _whole_text("".join(message["content"] for message in value), name)
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _whole_text(text: str, name: str) -> str:
+    if not text.strip():
+        raise InvalidRowError(f"field '{name}' is empty; fill it or remove the row")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRowError(f"field '{name}' has half a surrogate pair at character {error.start}; cut it") from None
+    return text
+
+
+def _label(row: Mapping[str, Any], name: str, wanted: type, *, required: bool) -> Any:
+    value = row.get(name)
+    if value is None and required:
+        raise InvalidRowError(f"field '{name}' is missing; this use of the data needs it as true or false")
+    if value is not None and not isinstance(value, wanted):
+        called = "true, false" if wanted is bool else "a string"
+        raise InvalidRowError(f"field '{name}' is {_called(value)}; give {called} or null")
+    return value
+
+
+def _split_implicit_prompt(row: Mapping[str, Any]) -> dict[str, Text]:
+    if row.get("chosen") is None and row.get("rejected") is None:
+        return {}
+    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    if kind_of(chosen) != kind_of(rejected):
+        raise InvalidRowError("'chosen' is plain and 'rejected' a chat, or the reverse; make both the same kind")
+    shared = 0
+    for mine, other in zip(chosen, rejected, strict=False):
+        if mine != other:
+            break
+        shared += 1
+    if isinstance(chosen, str):
+        # Any other shared beginning may be the responses' own ("I'm sorry"), so it is not taken for a prompt.
+        turn = chosen.rfind(_HH_TURN, 0, shared)
+        shared = turn + len(_HH_TURN) if turn >= 0 else 0
+    if not shared:
+        raise InvalidRowError("field 'prompt' is missing, and chosen and rejected share no first turns; add the prompt")
+    return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names)
+
+
+def _found(row: Mapping[str, Any]) -> str:
+    return "found: " + (", ".join(sorted(map(str, row))[:12]) or "no field at all")
+
+
+def _called(value: Any) -> str:
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return "null" if value is None else names.get(type(value), "an object")
