@@ -86,6 +86,8 @@ class ReprDPOTrainer(BaseTrainer):
             model=model,
             args=args,
             data_collator=PreferenceCollator(padding_id(processing_class, model)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             **kwargs,

@@ -1,5 +1,6 @@
 """A tiny random Llama, random preference pairs in its vocabulary, and a reward fitted on its states."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from reprdpo.data import PreferenceCollator
 from reprdpo.reward import HiddenStateTap, HybridReward, RewardFitConfig
 from reprdpo.training import ReprDPOConfig
 
+gc.freeze()  # every Trainer.train() collects garbage: without the imported modules' objects that takes no time
 VOCABULARY, HIDDEN, LAYERS = 48, 16, 3
 
 
