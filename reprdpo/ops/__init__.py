@@ -1,16 +1,30 @@
 """Fused ops for preference alignment, importable into any training code; torch alone is needed."""
 
 from reprdpo.ops.backend import backends, use_backend
+from reprdpo.ops.linear_logprob import LinearLogprob, linear_logprob
+from reprdpo.ops.linear_preference import LinearPreferenceLoss, SequenceStats, linear_preference_loss
+from reprdpo.ops.logprob import logprob
 from reprdpo.ops.pooling import last_token_index, pool_last_token
 from reprdpo.ops.preference_confidence import preference_confidence
+from reprdpo.ops.preference_loss import PreferenceLoss, preference_loss
 from reprdpo.ops.probe_reward import ProbeReward, probe_reward
+from reprdpo.ops.sequence_sum import sequence_sum
 
 __all__ = [
+    "LinearLogprob",
+    "LinearPreferenceLoss",
+    "PreferenceLoss",
     "ProbeReward",
+    "SequenceStats",
     "backends",
     "last_token_index",
+    "linear_logprob",
+    "linear_preference_loss",
+    "logprob",
     "pool_last_token",
     "preference_confidence",
+    "preference_loss",
     "probe_reward",
+    "sequence_sum",
     "use_backend",
 ]

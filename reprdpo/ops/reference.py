@@ -1,12 +1,13 @@
 """The oracle: every op once in plain PyTorch, in the order of its formula; bf16 and fp16 are taken up to float32."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# B sequences, T padded length, N packed tokens, L layers, D hidden size, P pairs.
+# B sequences, T padded length, N packed tokens, L layers, D hidden size, V vocabulary, P pairs, S = 2P sequences.
 
 
 class ProbeRewardGradients(NamedTuple):
@@ -194,3 +195,394 @@ def _positions(layer: Tensor, index_B: Tensor) -> tuple[Tensor, ...]:
 
 def _in_range(index_B: Tensor, tokens: int) -> Tensor:
     return (index_B >= 0) & (index_B < tokens)
+
+
+# Log-probabilities. A tensor that a docstring calls consumed is overwritten.
+
+
+class Head(NamedTuple):
+    """What makes logits of hidden states: ``z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature``."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+
+class TokenLogprob(NamedTuple):
+    """log p of each row's label [N], entropy [N], and for the backward [3, N]: max z, and S_-y and S relative to it."""
+
+    logp: Tensor
+    row_stats: Tensor
+    entropy: Tensor | None
+
+
+def head_logits(hidden_ND: Tensor, head: Head, *, block: int | None = None) -> Tensor:
+    """Logits [N, V] in the compute dtype; a half-precision weight is upcast ``block`` rows at a time."""
+    logits_NV = _matmul_weight_t(hidden_ND, head.weight, block)
+    if head.bias is not None:
+        logits_NV += head.bias
+    if head.logit_scale != 1.0:
+        logits_NV *= head.logit_scale
+    if head.softcap is not None:
+        logits_NV.div_(head.softcap).tanh_().mul_(head.softcap)
+    if head.temperature != 1.0:
+        logits_NV /= head.temperature
+    return logits_NV
+
+
+def head_backward(
+    grad_logits_NV: Tensor,
+    logits_slope_NV: Tensor | None,
+    hidden_ND: Tensor,
+    head: Head,
+    *,
+    hidden_grad: bool,
+    weight_grad_VD: Tensor | None,
+    bias_grad_V: Tensor | None,
+    block: int | None = None,
+) -> Tensor | None:
+    """Gradient of the hidden states; those of weight and bias are added to the accumulators given.
+
+    ``logits_slope_NV`` is ``1 - tanh^2`` under a softcap (:func:`softcap_slope`). Consumes ``grad_logits_NV``.
+    """
+    if logits_slope_NV is not None:
+        grad_logits_NV *= logits_slope_NV
+    if head.logit_scale != head.temperature:
+        grad_logits_NV *= head.logit_scale / head.temperature
+    if weight_grad_VD is not None:
+        weight_grad_VD.addmm_(grad_logits_NV.t(), hidden_ND.to(grad_logits_NV.dtype))
+    if bias_grad_V is not None:
+        bias_grad_V += grad_logits_NV.sum(0)
+    return _matmul_weight(grad_logits_NV, head.weight, block) if hidden_grad else None
+
+
+def softcap_slope(logits_NV: Tensor, head: Head) -> Tensor | None:
+    """``1 - t^2`` with t the tanh that made these logits; None without a softcap."""
+    if head.softcap is None:
+        return None
+    slope_NV = logits_NV * (head.temperature / head.softcap)
+    return slope_NV.square_().neg_().add_(1.0)
+
+
+def token_logprob(logits_NV: Tensor, labels_N: Tensor, *, entropy: bool = False) -> TokenLogprob:
+    """``log p_y = -log1p(S_-y exp(m - z_y))``, m = max z, S_-y = sum over j != y of exp(z_j - m); consumes the logits.
+
+    S_-y is summed and never 1 - p_y, so log p keeps its relative precision as p_y goes to 1. Far below the maximum,
+    where exp(m - z_y) would overflow, ``log p_y = z_y - m - log S``. A label outside [0, V) gives NaN in its row.
+    Entropy is ``log S - sum_j e_j log(e_j) / S`` with e_j = exp(z_j - m).
+    """
+    target_N1, in_range_N = _targets(logits_NV, labels_N)
+    row_max_N = logits_NV.amax(1)
+    gap_N = row_max_N - logits_NV.gather(1, target_N1).squeeze(1)
+    exp_NV = logits_NV.sub_(row_max_N.unsqueeze(1)).exp_()
+    # entr(e) = -e log e is 0 at e = 0, where e (z - m) would be 0 * -inf.
+    entr_sum_N = torch.special.entr(exp_NV).sum(1) if entropy else None
+    exp_NV.scatter_(1, target_N1, 0.0)
+    sum_other_N = exp_NV.sum(1)
+    sum_all_N = sum_other_N + torch.exp(-gap_N)
+    near_N = -torch.log1p(sum_other_N * torch.exp(gap_N))
+    logp_N = torch.where(gap_N < 40.0, near_N, -gap_N - torch.log(sum_all_N))
+    logp_N = torch.where(in_range_N, logp_N, torch.nan)
+    entropy_N = None if entr_sum_N is None else torch.log(sum_all_N) + entr_sum_N / sum_all_N
+    return TokenLogprob(logp_N, torch.stack([row_max_N, sum_other_N, sum_all_N]), entropy_N)
+
+
+def token_logprob_backward(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    row_stats_3N: Tensor,
+    grad_logp_N: Tensor | None,
+    *,
+    entropy_N: Tensor | None = None,
+    grad_entropy_N: Tensor | None = None,
+) -> Tensor:
+    """Gradient of the logits, written over them.
+
+    With c and q the upstream gradients of log-prob and entropy H, and e_j = exp(z_j - m):
+    ``dz_j = -c e_j / S - q (e_j / S) (log e_j - log S + H)`` for j != y, and for the target the first term is
+    ``c S_-y / S``, which does not cancel as p_y goes to 1 where c (1 - p_y) would.
+    """
+    target_N1, in_range_N = _targets(logits_NV, labels_N)
+    row_max_N, sum_other_N, sum_all_N = row_stats_3N.unbind()
+    grad_NV = logits_NV.sub_(row_max_N.unsqueeze(1)).exp_()
+    exp_target_N = grad_NV.gather(1, target_N1).squeeze(1)
+    scale_N = torch.zeros_like(sum_all_N)
+    target_grad_N = torch.zeros_like(sum_all_N)
+    entr_NV = None
+    if grad_logp_N is not None:
+        scale_N = torch.where(in_range_N, -grad_logp_N / sum_all_N, torch.nan)
+        target_grad_N = -scale_N * sum_other_N
+    if grad_entropy_N is not None and entropy_N is not None:
+        per_sum_N = grad_entropy_N / sum_all_N
+        constant_N = per_sum_N * (torch.log(sum_all_N) - entropy_N)
+        target_grad_N = target_grad_N + exp_target_N * constant_N + torch.special.entr(exp_target_N) * per_sum_N
+        scale_N = scale_N + constant_N
+        entr_NV = torch.special.entr(grad_NV).mul_(per_sum_N.unsqueeze(1))
+    grad_NV *= scale_N.unsqueeze(1)
+    if entr_NV is not None:
+        grad_NV += entr_NV
+    return grad_NV.scatter_(1, target_N1, target_grad_N.unsqueeze(1))
+
+
+def linear_logprob(hidden_ND: Tensor, head: Head, labels_N: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """log p of each label in one piece, 0 where ignored; ignored rows are selected away before any arithmetic."""
+    scored_n = (labels_N != ignore_index).nonzero().squeeze(1)
+    logits_nV = head_logits(hidden_ND[scored_n], head)
+    logp_n = token_logprob(logits_nV, labels_N[scored_n]).logp
+    return logp_n.new_zeros(labels_N.shape).index_copy_(0, scored_n, logp_n)
+
+
+def _targets(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    vocabulary = logits_NV.shape[1]
+    in_range_N = (labels_N >= 0) & (labels_N < vocabulary)
+    return labels_N.clamp(0, vocabulary - 1).unsqueeze(1), in_range_N
+
+
+def _matmul_weight_t(hidden_ND: Tensor, weight_VD: Tensor, block: int | None) -> Tensor:
+    dtype = compute_dtype(weight_VD)
+    if weight_VD.dtype == dtype:
+        return hidden_ND @ weight_VD.t()
+    if hidden_ND.is_cuda:
+        return torch.mm(hidden_ND, weight_VD.t(), out_dtype=dtype)
+    logits_NV = hidden_ND.new_empty(hidden_ND.shape[0], weight_VD.shape[0], dtype=dtype)
+    hidden_ND = hidden_ND.to(dtype)
+    for columns, weight_bD in _weight_blocks(weight_VD, dtype, block):
+        torch.mm(hidden_ND, weight_bD.t(), out=logits_NV[:, columns])
+    return logits_NV
+
+
+def _matmul_weight(grad_NV: Tensor, weight_VD: Tensor, block: int | None) -> Tensor:
+    hidden_grad_ND = grad_NV.new_zeros(grad_NV.shape[0], weight_VD.shape[1])
+    for columns, weight_bD in _weight_blocks(weight_VD, grad_NV.dtype, block):
+        hidden_grad_ND.addmm_(grad_NV[:, columns], weight_bD)
+    return hidden_grad_ND
+
+
+def _weight_blocks(weight_VD: Tensor, dtype: torch.dtype, block: int | None) -> Iterator[tuple[slice, Tensor]]:
+    vocabulary = weight_VD.shape[0]
+    step = vocabulary if block is None or weight_VD.dtype == dtype else block
+    for start in range(0, vocabulary, step):
+        columns = slice(start, min(start + step, vocabulary))
+        yield columns, weight_VD[columns].to(dtype)
+
+
+# Sums over sequences
+
+
+class Segments(NamedTuple):
+    """Tokens by sequence: ``order`` [N] makes sequences contiguous (None: they are), ``offsets`` [S + 1] is bounds."""
+
+    order: Tensor | None
+    offsets: Tensor
+
+
+def segments(num_tokens: int, num_sequences: int, sequence_ids: Tensor | None, cu_seqlens: Tensor | None) -> Segments:
+    """Segments of the tokens; ids outside [0, S) belong to none, boundaries outside [0, N] or falling are clamped."""
+    if cu_seqlens is not None:
+        return Segments(None, cu_seqlens.long().clamp(0, num_tokens).cummax(0).values)
+    assert sequence_ids is not None
+    sorted_ids_N, order_N = sequence_ids.long().sort(stable=True)
+    bounds_S1 = torch.arange(num_sequences + 1, device=sequence_ids.device)
+    return Segments(order_N, torch.searchsorted(sorted_ids_N, bounds_S1))
+
+
+def sequence_sum(token_logprob_N: Tensor, layout: Segments, *, average: bool = False) -> Tensor:
+    """Sum of each sequence's tokens, added in float64 in token order; its mean where ``average``, 0/0 being 0."""
+    values_N = token_logprob_N.double()
+    if layout.order is not None:
+        values_N = values_N[layout.order]
+    # unsafe=True leaves out the check of the offsets, which would synchronise; they are clamped above.
+    total_S = torch.segment_reduce(values_N, "sum", offsets=layout.offsets, unsafe=True, initial=0.0)
+    if average:
+        total_S = divide_or_zero(total_S, layout.offsets.diff())
+    return total_S.to(compute_dtype(token_logprob_N))
+
+
+def sequence_sum_backward(grad_S: Tensor, layout: Segments, num_tokens: int, *, average: bool = False) -> Tensor:
+    """Gradient of the tokens: their sequence's, over its length where ``average``; 0 for tokens of no sequence."""
+    if average:
+        grad_S = divide_or_zero(grad_S, layout.offsets.diff())
+    position_N = torch.arange(num_tokens, device=grad_S.device)
+    sequence_N = torch.searchsorted(layout.offsets, position_N, right=True) - 1
+    padded = torch.cat([grad_S, grad_S.new_zeros(1)])  # the last stands for tokens of no sequence
+    grad_N = padded[torch.where(sequence_N < 0, grad_S.shape[0], sequence_N)]
+    return grad_N if layout.order is None else torch.empty_like(grad_N).index_copy_(0, layout.order, grad_N)
+
+
+def divide_or_zero(value: Tensor, count: Tensor) -> Tensor:
+    """``value / count``, 0 where the count is 0."""
+    return torch.where(count > 0, value / count.clamp(min=1), 0.0)
+
+
+# Preference losses
+
+# value, d value / d chosen score, d value / d rejected score
+_Terms = tuple[Tensor, Tensor, Tensor]
+
+
+class PairLoss(NamedTuple):
+    """A loss l(a, b) of the scores of the chosen and the rejected response, and how log-probs become scores."""
+
+    terms: Callable[[Tensor, Tensor, Tensor, float], _Terms]
+    needs_reference: bool
+    averages: bool
+
+
+def _sigmoid(a: Tensor, b: Tensor, beta: Tensor, margin: float) -> _Terms:
+    """``-log sigma(beta (a - b))``: DPO (arXiv 2305.18290, Eq. 7), and with confidence cDPO."""
+    logits = beta * (a - b)
+    slope = beta * torch.sigmoid(-logits)
+    return -F.logsigmoid(logits), -slope, slope
+
+
+def _ipo(a: Tensor, b: Tensor, beta: Tensor, margin: float) -> _Terms:
+    """``(a - b - 1 / (2 beta))^2``: IPO (arXiv 2310.12036, Eq. 17), on averaged log-ratios."""
+    gap = a - b - 1.0 / (2.0 * beta)
+    return gap.square(), 2.0 * gap, -2.0 * gap
+
+
+def _hinge(a: Tensor, b: Tensor, beta: Tensor, margin: float) -> _Terms:
+    """``max(0, 1 - beta (a - b))``: SLiC (arXiv 2305.10425) on log-ratios, as in RSO (arXiv 2309.06657)."""
+    gap = 1.0 - beta * (a - b)
+    slope = torch.where(gap > 0, beta, torch.where(gap.isnan(), torch.nan, 0.0))
+    return torch.relu(gap), -slope, slope
+
+
+def _simpo(a: Tensor, b: Tensor, beta: Tensor, margin: float) -> _Terms:
+    """``-log sigma(beta (a - b) - simpo_gamma)``: SimPO (arXiv 2405.14734, Eq. 6), on averaged log-probs."""
+    logits = beta * (a - b) - margin
+    slope = beta * torch.sigmoid(-logits)
+    return -F.logsigmoid(logits), -slope, slope
+
+
+def _orpo(a: Tensor, b: Tensor, beta: Tensor, margin: float) -> _Terms:
+    """``-a - beta log sigma(o(a) - o(b))``, o(a) = a - log(1 - e^a): ORPO (arXiv 2403.07691, Eq. 6), averaged."""
+    odds_a, slope_a = _log_odds(a)
+    odds_b, slope_b = _log_odds(b)
+    logits = odds_a - odds_b
+    slope = beta * torch.sigmoid(-logits)
+    return -a - beta * F.logsigmoid(logits), -1.0 - slope * slope_a, slope * slope_b
+
+
+def _log_odds(a: Tensor) -> tuple[Tensor, Tensor]:
+    # An empty response has a = 0, whose odds are infinite: they are held at probability 1 - eps.
+    held = a.clamp(max=-torch.finfo(a.dtype).eps)
+    other = -torch.expm1(held)
+    return held - torch.log(other), torch.where(a > held, 0.0, 1.0 / other)
+
+
+def _apo_zero(a: Tensor, b: Tensor, beta: Tensor, margin: float) -> _Terms:
+    """``sigma(-beta a) + sigma(beta b)``: APO-zero (arXiv 2408.06266)."""
+    keep_a, keep_b = torch.sigmoid(-beta * a), torch.sigmoid(beta * b)
+    return keep_a + keep_b, -beta * keep_a * (1.0 - keep_a), beta * keep_b * (1.0 - keep_b)
+
+
+def _apo_down(a: Tensor, b: Tensor, beta: Tensor, margin: float) -> _Terms:
+    """``sigma(beta a) + sigma(-beta (a - b))``: APO-down (arXiv 2408.06266)."""
+    keep_a, keep_gap = torch.sigmoid(beta * a), torch.sigmoid(-beta * (a - b))
+    slope_gap = beta * keep_gap * (1.0 - keep_gap)
+    return keep_a + keep_gap, beta * keep_a * (1.0 - keep_a) - slope_gap, slope_gap
+
+
+def _sft(a: Tensor, b: Tensor, beta: Tensor, margin: float) -> _Terms:
+    """``-a``: the chosen response's negative log-likelihood a token."""
+    return -a, -torch.ones_like(a), torch.zeros_like(b)
+
+
+PAIR_LOSSES = {
+    "sigmoid": PairLoss(_sigmoid, needs_reference=True, averages=False),
+    "ipo": PairLoss(_ipo, needs_reference=True, averages=True),
+    "hinge": PairLoss(_hinge, needs_reference=True, averages=False),
+    "robust": PairLoss(_sigmoid, needs_reference=True, averages=False),
+    "simpo": PairLoss(_simpo, needs_reference=False, averages=True),
+    "orpo": PairLoss(_orpo, needs_reference=False, averages=True),
+    "gdpo": PairLoss(_sigmoid, needs_reference=True, averages=False),
+    "apo_zero": PairLoss(_apo_zero, needs_reference=True, averages=False),
+    "apo_down": PairLoss(_apo_down, needs_reference=True, averages=False),
+    "sft": PairLoss(_sft, needs_reference=False, averages=True),
+}
+
+
+class PairBatch(NamedTuple):
+    """What a preference loss is a function of, each [P]; references and lengths may be None."""
+
+    chosen_logp: Tensor
+    rejected_logp: Tensor
+    ref_chosen_logp: Tensor | None
+    ref_rejected_logp: Tensor | None
+    confidence: Tensor
+    chosen_length: Tensor | None
+    rejected_length: Tensor | None
+
+
+class PairTerms(NamedTuple):
+    """Loss, rewards and the loss's derivatives by the two log-probs, each [P]."""
+
+    loss: Tensor
+    chosen_reward: Tensor
+    rejected_reward: Tensor
+    chosen_slope: Tensor
+    rejected_slope: Tensor
+
+
+def preference_terms(
+    batch: PairBatch, *, beta: float, loss_types: list[str], loss_weights: list[float], simpo_gamma: float
+) -> PairTerms:
+    """``sum over types of weight * [gamma l(a, b) + (1 - gamma) l(b, a)]`` and its derivatives by the log-probs.
+
+    robust: ``[gamma l(a, b) - (1 - gamma) l(b, a)] / (2 gamma - 1)``; gdpo: ``l(a, b)`` with beta (2 gamma - 1).
+    The rewards are beta times the scores of the first type. A confidence outside [0, 1] gives NaN in its pair.
+    """
+    batch = _in_compute_dtype(batch)
+    outside = (batch.confidence < 0) | (batch.confidence > 1)
+    gamma = torch.where(outside, torch.nan, batch.confidence)
+    loss = chosen_slope = rejected_slope = torch.zeros_like(gamma)
+    rewards: list[tuple[Tensor, Tensor]] = []
+    for name, type_weight in zip(loss_types, loss_weights, strict=True):
+        form = PAIR_LOSSES[name]
+        a = _score(form, batch.chosen_logp, batch.ref_chosen_logp, batch.chosen_length)
+        b = _score(form, batch.rejected_logp, batch.ref_rejected_logp, batch.rejected_length)
+        rewards.append((beta * a, beta * b))
+        value, by_a, by_b = _mixed(name, a, b, gamma, beta, simpo_gamma)
+        loss = loss + type_weight * value
+        chosen_slope = chosen_slope + type_weight * _by_logp(form, by_a, batch.chosen_length)
+        rejected_slope = rejected_slope + type_weight * _by_logp(form, by_b, batch.rejected_length)
+    return PairTerms(loss, *rewards[0], chosen_slope, rejected_slope)
+
+
+def _mixed(name: str, a: Tensor, b: Tensor, gamma: Tensor, beta: float, simpo_gamma: float) -> _Terms:
+    form = PAIR_LOSSES[name]
+    if name == "gdpo":
+        return form.terms(a, b, beta * (2.0 * gamma - 1.0), simpo_gamma)
+    keep, flip = gamma, 1.0 - gamma
+    if name == "robust":
+        keep, flip = gamma / (2.0 * gamma - 1.0), (gamma - 1.0) / (2.0 * gamma - 1.0)
+    betas = torch.full_like(gamma, beta)
+    value, by_a, by_b = form.terms(a, b, betas, simpo_gamma)
+    flipped, flipped_by_b, flipped_by_a = form.terms(b, a, betas, simpo_gamma)
+    return (
+        _times(keep, value) + _times(flip, flipped),
+        _times(keep, by_a) + _times(flip, flipped_by_a),
+        _times(keep, by_b) + _times(flip, flipped_by_b),
+    )
+
+
+def _times(weight: Tensor, value: Tensor) -> Tensor:
+    """``weight * value``, 0 where the weight is 0, an infinite flipped form included."""
+    return torch.where(weight == 0, 0.0, weight * value)
+
+
+def _score(form: PairLoss, logp: Tensor, ref_logp: Tensor | None, length: Tensor | None) -> Tensor:
+    score = logp - ref_logp if form.needs_reference and ref_logp is not None else logp
+    return divide_or_zero(score, length) if form.averages and length is not None else score
+
+
+def _by_logp(form: PairLoss, by_score: Tensor, length: Tensor | None) -> Tensor:
+    return divide_or_zero(by_score, length) if form.averages and length is not None else by_score
+
+
+def _in_compute_dtype(batch: PairBatch) -> PairBatch:
+    dtype = compute_dtype(batch.chosen_logp)
+    return PairBatch(*(None if value is None else value.to(dtype) for value in batch))  # type: ignore[arg-type]
