@@ -1,0 +1,361 @@
+"""Fits probes and gate to labelled hidden states, and says on held-out pairs how good they are.
+
+Shapes: P pairs, S = 2P sequences (chosen first), L layers, D hidden size, r coordinates of the fit, F folds.
+"""
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from reprdpo.errors import UserError
+from reprdpo.reward.calibration import Calibration, calibrated_alpha, calibration, confidence_gap, pair_accuracy
+from reprdpo.reward.features import Span, Standardizer
+from reprdpo.reward.folds import grouped_folds
+from reprdpo.reward.svm import check_finite, fit_linear_svm
+
+Gate = Literal["softmax", "static", "vote"]
+PAPER_ALPHA = 7.5
+_HISTOGRAM_BINS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardFitConfig:
+    """Settings of the fit; the paper's are ``alpha=7.5, margin=1.0``.
+
+    Attributes:
+        C: the SVM's loss weight on features of mean squared norm 1; of several, each layer takes the best by grouped
+            cross-validation.
+        gate: "softmax", "static" or "vote" (METHOD: how the layers are mixed).
+        margin: mu of Eq. 7.
+        alpha: Eq. 8's slope, or "auto": the one that minimises the held-out NLL of gamma.
+        squash: gamma from sigma(R_c) - sigma(R_r) instead of R_c - R_r.
+        pool: which state is read: the last non-padding token's or the mean over non-padding tokens.
+        regularisation: half of it times the squared distance from the stage-1 probes and a flat gate is added to Eq. 7.
+        max_iter: L-BFGS steps of stage 2 at most.
+        folds: of the cross-validation.
+        seed: which pairs share a fold.
+    """
+
+    C: float | Sequence[float] = 1.0
+    gate: Gate = "softmax"
+    margin: float = 1.0
+    alpha: float | Literal["auto"] = "auto"
+    squash: bool = False
+    pool: Literal["last", "mean"] = "last"
+    regularisation: float = 0.001
+    max_iter: int = 100
+    folds: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.gate not in ("softmax", "static", "vote"):
+            raise UserError(f"gate must be softmax, static or vote, not {self.gate!r}")
+        if self.pool not in ("last", "mean"):
+            raise UserError(f"pool must be last or mean, not {self.pool!r}")
+        if self.alpha != "auto" and not (isinstance(self.alpha, (int, float)) and self.alpha > 0):
+            raise UserError(f"alpha must be positive or auto, not {self.alpha!r}")
+        if not self.regularisation >= 0:
+            raise UserError(f"regularisation must not be negative, not {self.regularisation}")
+
+
+class RewardParameters(NamedTuple):
+    """Probes and gate: w, b, v, c of METHOD section 3."""
+
+    probe_weight: Tensor  # [L, D]
+    probe_bias: Tensor  # [L]
+    gate_weight: Tensor | None  # [L, D] softmax, None static, [L, L] vote
+    gate_bias: Tensor  # [L]
+
+
+@dataclasses.dataclass(frozen=True)
+class FitReport:
+    """What the fit found; all but ``train_accuracy`` is of pairs held out of the fit, by group.
+
+    ``layer_accuracy`` [L] is the stage-1 probes' pair accuracy, ``gated_accuracy`` and ``train_accuracy`` are the
+    reward's, ``held_out_nll`` is Eq. 7. ``calibration`` is gamma's at the alpha in use, ``paper_calibration`` at 7.5;
+    ``confidence_histogram`` counts gamma over [0, 1].
+    """
+
+    num_pairs: int
+    num_groups: int
+    num_layers: int
+    hidden_size: int
+    folds: int
+    gate: str
+    margin: float
+    C: list[float]
+    layer_accuracy: list[float]
+    gated_accuracy: float
+    train_accuracy: float
+    held_out_nll: float
+    alpha: float
+    alpha_is_auto: bool
+    calibration: Calibration
+    paper_calibration: Calibration
+    confidence_histogram: dict[str, list[float]]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON-able values."""
+        return dataclasses.asdict(self)
+
+
+def fit_parameters(
+    chosen: Tensor,
+    rejected: Tensor,
+    config: RewardFitConfig | None = None,
+    *,
+    groups: Iterable[object] | None = None,
+    chosen_is_safe: Sequence[bool | None] | None = None,
+    rejected_is_safe: Sequence[bool | None] | None = None,
+) -> tuple[RewardParameters, FitReport]:
+    """Fit probes and gate in two stages, for raw states, and cross-validate both.
+
+    Stage 1 is a linear SVM a layer; stage 2 moves all of w, b, v, c by -log sigma(R_c - R_r - mu) (Eq. 7) with an L2
+    pull toward stage 1. Features are standardised per layer, the scaling folded into the returned parameters; in the
+    cross-validation, scaling, C and both stages see the training folds alone.
+
+    Args:
+        chosen: [P, L, D] pooled states of the preferred responses, floating.
+        rejected: [P, L, D] of the others.
+        config: settings.
+        groups: one label a pair (its prompt): pairs of a group share a fold; default each pair its own.
+        chosen_is_safe: labels of stage 1, None where unknown; default safe.
+        rejected_is_safe: likewise; default unsafe.
+
+    Returns:
+        Float32 parameters on the states' device, and the report.
+
+    Raises:
+        UserError: shapes that do not fit, values that are not finite, fewer than two groups, labels of one class only.
+    """
+    config = config or RewardFitConfig()
+    started = time.perf_counter()
+    groups = list(groups) if groups is not None else list(range(len(chosen)))
+    _check(chosen, rejected, groups)
+    P = len(chosen)
+    states = torch.cat([chosen, rejected]).detach().float()
+    label_S = _stage1_labels(P, chosen_is_safe, rejected_is_safe).to(states.device)
+    split = grouped_folds(groups, config.folds, config.seed)
+    probe_gap_PL, gap_P2 = _cross_validate(states, label_S, groups, split, config)
+    fitted, C_L = _fit(states, label_S, groups, config)
+    used_gap_P = gap_P2[:, int(config.squash)]
+    alpha = float(config.alpha) if config.alpha != "auto" else calibrated_alpha(used_gap_P)
+    train_reward = _reward(fitted.features(states), fitted.reduced, config.gate)
+    report = FitReport(
+        num_pairs=P,
+        num_groups=len(set(groups)),
+        num_layers=states.shape[1],
+        hidden_size=states.shape[2],
+        folds=len(split),
+        gate=config.gate,
+        margin=config.margin,
+        C=C_L.tolist(),
+        layer_accuracy=pair_accuracy(probe_gap_PL).tolist(),
+        gated_accuracy=pair_accuracy(gap_P2[:, 0]).item(),
+        train_accuracy=pair_accuracy(train_reward[:P] - train_reward[P:]).item(),
+        held_out_nll=F.softplus(config.margin - gap_P2[:, 0]).mean().item(),
+        alpha=alpha,
+        alpha_is_auto=config.alpha == "auto",
+        calibration=calibration(used_gap_P, alpha),
+        paper_calibration=calibration(used_gap_P, PAPER_ALPHA),
+        confidence_histogram=_histogram(torch.sigmoid(alpha * used_gap_P)),
+        seconds=time.perf_counter() - started,
+    )
+    if report.gated_accuracy <= 0.5:
+        warnings.warn(
+            f"the reward ranks {report.gated_accuracy:.0%} of {P} held-out pairs right, no better than chance",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return fitted.parameters(), report
+
+
+def fit_from_states(
+    path: str | Path, config: RewardFitConfig | None = None, *, drop_embedding: bool = True
+) -> FitReport:
+    """Fit on pooled states from a safetensors file and report, keeping no reward.
+
+    Args:
+        path: a file with ``chosen`` and ``rejected``, each floating [P, L + 1, D] as transformers' ``hidden_states``
+            are, the embedding output first.
+        config: settings.
+        drop_embedding: whether row 0 of a sequence is the embedding output, to be left out.
+
+    Raises:
+        UserError: no such file, not safetensors, a tensor missing, or what :func:`fit_parameters` refuses.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a safetensors file with chosen and rejected states")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: is not a safetensors file ({error})") from None
+    if missing := {"chosen", "rejected"} - tensors.keys():
+        raise UserError(f"{path}: no tensor {' nor '.join(sorted(missing))}; it has {', '.join(sorted(tensors))}")
+    first = int(drop_embedding)
+    try:
+        return fit_parameters(tensors["chosen"][:, first:], tensors["rejected"][:, first:], config)[1]
+    except (UserError, IndexError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+class _Fitted(NamedTuple):
+    """A fit in the coordinates it was made in."""
+
+    standardizer: Standardizer
+    span: Span
+    probes: RewardParameters
+    reduced: RewardParameters
+
+    def features(self, states: Tensor) -> Tensor:
+        return self.span.coordinates(self.standardizer(states))
+
+    def parameters(self) -> RewardParameters:
+        probe = self.standardizer.fold(self.span.expand(self.reduced.probe_weight), self.reduced.probe_bias)
+        weight, bias = self.reduced.gate_weight, self.reduced.gate_bias
+        if weight is not None and weight.shape == self.reduced.probe_weight.shape:
+            weight, bias = self.standardizer.fold(self.span.expand(weight), bias)
+        return RewardParameters(
+            probe[0].float(), probe[1].float(), None if weight is None else weight.float(), bias.float()
+        )
+
+
+def _cross_validate(
+    states: Tensor, label_S: Tensor, groups: list[Any], split: list[Tensor], config: RewardFitConfig
+) -> tuple[Tensor, Tensor]:
+    """Held-out gaps: of each probe [P, L], and of the reward, plain and squashed [P, 2]."""
+    P = len(states) // 2
+    probe_gap = states.new_zeros(P, states.shape[1], dtype=torch.float64)
+    gap = states.new_zeros(P, 2, dtype=torch.float64)
+    for held in split:
+        kept = torch.arange(P)[~torch.isin(torch.arange(P), held)]
+        rows = torch.cat([kept, kept + P])
+        fitted, _ = _fit(states[rows], label_S[rows], [groups[i] for i in kept.tolist()], config)
+        features = fitted.features(states[torch.cat([held, held + P])])
+        score_LS = _scores(features, fitted.probes)
+        probe_gap[held] = (score_LS[:, : len(held)] - score_LS[:, len(held) :]).T
+        chosen, rejected = _reward(features, fitted.reduced, config.gate).split(len(held))
+        gap[held] = torch.stack([confidence_gap(chosen, rejected, squash=squash) for squash in (False, True)], 1)
+    return probe_gap, gap
+
+
+def _fit(states: Tensor, label_S: Tensor, groups: list[Any], config: RewardFitConfig) -> tuple[_Fitted, Tensor]:
+    """Both stages on the states given, and the C of each layer."""
+    standardizer = Standardizer.of(states)
+    rows = standardizer(states)
+    span = Span(rows)
+    features_LSR = span.coordinates(rows)
+    known = label_S != 0
+    svm = fit_linear_svm(
+        features_LSR.transpose(0, 1)[known],
+        label_S[known],
+        C=config.C,
+        groups=[group for group, k in zip(groups * 2, known.tolist(), strict=True) if k],
+        folds=config.folds,
+        seed=config.seed,
+    )
+    probes = RewardParameters(svm.coef, svm.intercept, *_flat_gate(svm.coef, config.gate))
+    return _Fitted(standardizer, span, probes, _stage2(features_LSR, probes, config)), svm.C
+
+
+def _flat_gate(coef: Tensor, gate: Gate) -> tuple[Tensor | None, Tensor]:
+    """The gate under which the reward is the mean of the probes."""
+    L = len(coef)
+    bias = coef.new_zeros(L)
+    if gate == "softmax":
+        return torch.zeros_like(coef), bias
+    if gate == "static":
+        return None, bias
+    return coef.new_zeros(L, L), bias + torch.logit(torch.tensor(1 / max(L, 2))).item()
+
+
+def _stage2(features_LSR: Tensor, start: RewardParameters, config: RewardFitConfig) -> RewardParameters:
+    """Minimise Eq. 7 plus the pull toward ``start``, full batch, by L-BFGS."""
+    origin = [p for p in start if p is not None]
+    moved = [p.clone().requires_grad_() for p in origin]
+    P = features_LSR.shape[1] // 2
+    optimizer = torch.optim.LBFGS(
+        moved,
+        max_iter=config.max_iter,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-7,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def unpack() -> RewardParameters:
+        if start.gate_weight is None:
+            return RewardParameters(moved[0], moved[1], None, moved[2])
+        return RewardParameters(*moved)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        chosen, rejected = _reward(features_LSR, unpack(), config.gate).split(P)
+        distance = torch.stack([(p - q).square().sum() for p, q in zip(moved, origin, strict=True)]).sum()
+        loss = F.softplus(config.margin - chosen + rejected).mean() + config.regularisation / 2 * distance
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    for p in moved:
+        p.requires_grad_(False)
+    return unpack()
+
+
+def _scores(features_LSR: Tensor, parameters: RewardParameters) -> Tensor:
+    return (parameters.probe_weight[:, None] @ features_LSR.mT)[:, 0] + parameters.probe_bias[:, None]
+
+
+def _reward(features_LSR: Tensor, parameters: RewardParameters, gate: Gate) -> Tensor:
+    """R [S] as ``ops.probe_reward`` gives it, from features kept layer first, whose products are three times faster."""
+    weight, bias_L1 = parameters.gate_weight, parameters.gate_bias[:, None]
+    if gate == "softmax":
+        assert weight is not None
+        both_L2S = torch.stack([parameters.probe_weight, weight], dim=1) @ features_LSR.mT
+        score_LS = both_L2S[:, 0] + parameters.probe_bias[:, None]
+        return ((both_L2S[:, 1] + bias_L1).softmax(0) * score_LS).sum(0)
+    score_LS = _scores(features_LSR, parameters)
+    if weight is None:
+        return (bias_L1.softmax(0) * score_LS).sum(0)
+    return (torch.sigmoid(weight @ score_LS + bias_L1) * score_LS).sum(0)
+
+
+def _stage1_labels(
+    P: int, chosen_is_safe: Sequence[bool | None] | None, rejected_is_safe: Sequence[bool | None] | None
+) -> Tensor:
+    """+1 safe, -1 unsafe, 0 unknown, chosen first."""
+    labels: list[float] = []
+    for given, default, name in ((chosen_is_safe, 1.0, "chosen"), (rejected_is_safe, -1.0, "rejected")):
+        if given is not None and len(given) != P:
+            raise UserError(f"{name}_is_safe: {len(given)} labels for {P} pairs")
+        labels += [default] * P if given is None else [0.0 if safe is None else 2.0 * bool(safe) - 1 for safe in given]
+    return torch.tensor(labels)
+
+
+def _histogram(gamma: Tensor) -> dict[str, list[float]]:
+    counts = torch.histc(gamma.double().cpu(), _HISTOGRAM_BINS, 0, 1)
+    edges = [i / _HISTOGRAM_BINS for i in range(_HISTOGRAM_BINS + 1)]
+    return {"edges": edges, "counts": [int(c) for c in counts]}
+
+
+def _check(chosen: Tensor, rejected: Tensor, groups: list[Any]) -> None:
+    if chosen.dim() != 3 or chosen.shape != rejected.shape or 0 in chosen.shape:
+        raise UserError(
+            f"chosen and rejected states must both be [P, L, D], not {list(chosen.shape)} and {list(rejected.shape)}"
+        )
+    if len(groups) != len(chosen):
+        raise UserError(f"groups: {len(groups)} labels for {len(chosen)} pairs")
+    check_finite(chosen, "chosen states")
+    check_finite(rejected, "rejected states")

@@ -1,0 +1,142 @@
+"""Pooled hidden states of tokenised rows: one inference pass over a data set.
+
+Shapes: n rows, B sequences of a batch, T padded length, L decoder layers, D hidden size.
+"""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from reprdpo.data import length_grouped_batches
+from reprdpo.errors import UserError
+from reprdpo.models import decoder
+from reprdpo.reward.taps import Pool, PooledStateTap
+
+
+def pool_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, pool: Pool = "last") -> Tensor:
+    """The pooled states [B, L, D] of one padded batch [B, T], by a forward without gradient.
+
+    Padding may be on either side; positions are counted from each row's first real token.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    padded_left = not bool(attention_mask[:, 0].all())
+    if padded_left and "position_ids" in inspect.signature(decoder(model).forward).parameters:
+        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), PooledStateTap(model, attention_mask, pool=pool) as tap:
+        model(**inputs, logits_to_keep=1, use_cache=False)
+    return tap.pooled
+
+
+def extract_states(
+    model: nn.Module,
+    rows: Dataset | Sequence[dict[str, Any]],
+    *,
+    pad_token_id: int,
+    batch_size: int = 32,
+    pool: Pool = "last",
+    padding_side: Literal["left", "right"] = "right",
+    progress: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The pooled states of every row, in the rows' order.
+
+    The model runs in evaluation mode, in batches of like length, and is left in the mode it was in.
+
+    Args:
+        model: a causal LM of transformers, on the device to run on.
+        rows: with ``input_ids``, lists of token ids.
+        pad_token_id: what fills the batches; never read.
+        batch_size: sequences a forward.
+        pool: "last" (non-padding token) or "mean" (over them).
+        padding_side: where the batches are filled.
+        progress: whether to show a bar.
+        dtype: of the result.
+
+    Returns:
+        [n, L, D] on the CPU.
+
+    Raises:
+        UserError: no rows, no ``input_ids``, or a row without tokens.
+    """
+    sequences = _column(rows, "input_ids")
+    return _extract(model, sequences, pad_token_id, batch_size, pool, padding_side, progress, dtype)
+
+
+def extract_pair_states(
+    model: nn.Module, tokenized_preferences: Dataset | Sequence[dict[str, Any]], **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The pooled states of both responses of every pair, ``(chosen [P, L, D], rejected [P, L, D])``.
+
+    Args:
+        model: as of :func:`extract_states`.
+        tokenized_preferences: as :func:`~reprdpo.data.tokenize_preferences` gives them.
+        options: the keyword arguments of :func:`extract_states`.
+
+    Raises:
+        UserError: as :func:`extract_states`.
+    """
+    both = [
+        {"input_ids": ids}
+        for name in ("chosen", "rejected")
+        for ids in _column(tokenized_preferences, f"{name}_input_ids")
+    ]
+    chosen, rejected = extract_states(model, both, **options).chunk(2)
+    return chosen, rejected
+
+
+def _extract(
+    model: nn.Module,
+    sequences: list[list[int]],
+    pad_token_id: int,
+    batch_size: int,
+    pool: Pool,
+    padding_side: str,
+    progress: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    device = next(model.parameters()).device
+    states: Tensor | None = None
+    was_training = model.training
+    model.eval()
+    try:
+        with tqdm(total=len(sequences), desc="hidden states", unit="row", disable=not progress) as bar:
+            for batch in length_grouped_batches([len(ids) for ids in sequences], batch_size):
+                ids_BT, mask_BT = _pad([sequences[i] for i in batch], pad_token_id, padding_side)
+                pooled_BLD = pool_states(model, ids_BT.to(device), mask_BT.to(device), pool=pool)
+                if states is None:
+                    states = torch.empty(len(sequences), *pooled_BLD.shape[1:], dtype=dtype)
+                states[torch.tensor(batch)] = pooled_BLD.to("cpu", dtype)
+                bar.update(len(batch))
+    finally:
+        model.train(was_training)
+    assert states is not None
+    return states
+
+
+def _pad(sequences: Iterable[list[int]], pad_token_id: int, side: str) -> tuple[Tensor, Tensor]:
+    sequences = list(sequences)
+    T = max(map(len, sequences))
+    ids = torch.full((len(sequences), T), pad_token_id)
+    mask = torch.zeros(len(sequences), T, dtype=torch.int64)
+    for row, tokens in enumerate(sequences):
+        place = slice(T - len(tokens), T) if side == "left" else slice(0, len(tokens))
+        ids[row, place] = torch.tensor(tokens)
+        mask[row, place] = 1
+    return ids, mask
+
+
+def _column(rows: Dataset | Sequence[dict[str, Any]], name: str) -> list[list[int]]:
+    if not len(rows):
+        raise UserError("no rows to read hidden states from")
+    try:
+        sequences = list(rows[name]) if isinstance(rows, Dataset) else [row[name] for row in rows]
+    except KeyError:
+        raise UserError(f"rows have no column {name}; tokenise them first") from None
+    if empty := [i for i, tokens in enumerate(sequences) if not len(tokens)]:
+        raise UserError(f"row {empty[0]}: {name} is empty; every row needs a token to read the state of")
+    return sequences
