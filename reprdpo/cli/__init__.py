@@ -58,4 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _overview() -> str:
     lines = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
-    return "\n".join(["usage: reprdpo COMMAND [options]", "", *lines, "", "`reprdpo COMMAND --help` says more of each."])
+    return "\n".join(
+        ["usage: reprdpo COMMAND [options]", "", *lines, "", "`reprdpo COMMAND --help` says more of each."]
+    )

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     add_policy(parser, required=False)
     parser.add_argument("--preferences", help="pairs to fit on: prompt, chosen, rejected")
     parser.add_argument("--states", help="instead: a safetensors file of hidden states, chosen and rejected [n, L, D]")
-    parser.add_argument("--skip_layers", type=int, default=0, help="rows of --states before layer 1 (the embeddings)")
+    parser.add_argument("--keep_embedding", action="store_true", help="take row 0 of --states as a layer too")
     parser.add_argument("--output", help="folder the reward is written to")
     parser.add_argument("--limit", type=int, help="pairs to read")
     parser.add_argument("--skip_invalid", action="store_true", help="drop pairs that cannot be used")
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
 
 def _fit(arguments: argparse.Namespace, config: RewardFitConfig) -> FitReport:
     if arguments.states:
-        return fit_from_states(arguments.states, config, skip_layers=arguments.skip_layers)
+        return fit_from_states(arguments.states, config, drop_embedding=not arguments.keep_embedding)
     if not (arguments.model and arguments.preferences and arguments.output):
         raise UserError("give --model, --preferences and --output, or --states")
     pairs = load_preferences(arguments.preferences, limit=arguments.limit, skip_invalid=arguments.skip_invalid)

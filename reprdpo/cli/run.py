@@ -27,7 +27,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("config", help="the run's YAML file")
     parser.add_argument("--output_dir", help="the run's folder, instead of the file's")
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON, progress on standard error only")
+    parser.add_argument(
+        "--json", action="store_true", help="print the summary as JSON, progress on standard error only"
+    )
     arguments = parser.parse_args(argv)
 
     from reprdpo.experiments import load_config

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from reprdpo.cli.arguments import add_fields, add_policy, policy_of, take_fields
+from reprdpo.cli.arguments import add_fields, add_policy, policy_of
 from reprdpo.data import TokenizeConfig, load_responses
 from reprdpo.files import write_text
 from reprdpo.reward import HybridReward
@@ -30,7 +30,8 @@ def main(argv: list[str]) -> None:
         reward,
         list(rows["prompt"]),
         list(rows["response"]),
-        take_fields(arguments, TokenizeConfig),
+        tokenize=policy.data,
+        progress=True,
     )
     lines = [json.dumps(row | {"reward": score}, ensure_ascii=False) for row, score in zip(rows, scores, strict=True)]
     if arguments.output:

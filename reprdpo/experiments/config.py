@@ -145,7 +145,9 @@ def build(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
     _check_keys(where, values, cls)
     missing = [name for name, f in known.items() if _required(f) and name not in values]
     if missing:
-        raise UserError(f"{_dotted(where, missing[0])}: missing; {known[missing[0]].metadata.get('help', 'is required')}")
+        raise UserError(
+            f"{_dotted(where, missing[0])}: missing; {known[missing[0]].metadata.get('help', 'is required')}"
+        )
     built = {key: _convert(hints[key], value, _dotted(where, key)) for key, value in values.items()}
     try:
         return cls(**built)

@@ -66,7 +66,9 @@ class RunFolder:
             return state
         others = [entry.name for entry in self.path.iterdir() if entry.name != ".lock"]
         if others:
-            raise UserError(f"{self.path}: is not a run's folder and not empty ({others[0]}); choose another output_dir")
+            raise UserError(
+                f"{self.path}: is not a run's folder and not empty ({others[0]}); choose another output_dir"
+            )
         state = {
             "format": FORMAT,
             "name": self.path.resolve().name,

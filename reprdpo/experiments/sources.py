@@ -83,7 +83,9 @@ def split_by_prompt(pairs: Dataset, holdout: float) -> tuple[Dataset, Dataset]:
     """Pairs to train on and pairs held out; a prompt is on one side whatever else the file holds, in any order."""
     held_out = [int(content_hash(prompt), 16) % 10_000 < holdout * 10_000 for prompt in pairs["prompt"]]
     rows = range(len(pairs))
-    return pairs.select([row for row in rows if not held_out[row]]), pairs.select([row for row in rows if held_out[row]])
+    return pairs.select([row for row in rows if not held_out[row]]), pairs.select(
+        [row for row in rows if held_out[row]]
+    )
 
 
 def distinct_prompts(pairs: Dataset) -> Dataset:
@@ -102,5 +104,3 @@ def first(dataset: Dataset, limit: int | None) -> Dataset:
 
 def _chosen(pairs: Dataset) -> Dataset:
     return pairs.select_columns(["prompt", "chosen", "category", "source"]).rename_column("chosen", "response")
-
-

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,9 @@ def fit_reward(policy: Policy, pairs: Dataset, config: RewardFitConfig, output: 
         rejected,
         config,
         groups=pairs["prompt_id"],
-        chosen_is_safe=pairs["chosen_is_safe"],
-        rejected_is_safe=pairs["rejected_is_safe"],
-        model=model,
+        chosen_is_safe=_labels(pairs, "chosen_is_safe"),
+        rejected_is_safe=_labels(pairs, "rejected_is_safe"),
+        base=model,
     )
     reward.save_pretrained(output)
     return report
@@ -77,6 +78,7 @@ def sample_pairs(
 ) -> PairReport:
     """Draw responses, rank them by the reward, write ``responses.jsonl``, ``pairs.jsonl`` and ``report.json``."""
     model, tokenizer = policy.model(), policy.tokenizer()
+    reward.check_base(model)
     responses = sample_responses(
         TransformersEngine(model, tokenizer),
         prompts,
@@ -182,13 +184,14 @@ def evaluate_policy(
     return result
 
 
+def _labels(pairs: Dataset, column: str) -> list[bool | None] | None:
+    """The labels of ``column``; None where the data has none, which takes chosen for safe and rejected for unsafe."""
+    labels = list(pairs[column])
+    return None if all(label is None for label in labels) else labels
+
+
 def _by_reward(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reward: HybridReward, data: TokenizeConfig
 ) -> Score:
     reward.check_base(model, allow_descendant=True)
-
-    def score(prompts: list[Prompt], responses: list[str]) -> list[float]:
-        return score_responses(model, tokenizer, reward, prompts, responses, data)
-
-    return score
-
+    return partial(score_responses, model, tokenizer, reward, tokenize=data)
