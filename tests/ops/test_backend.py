@@ -25,17 +25,22 @@ def test_default_is_native_where_built():
 @needs_native
 def test_float64_goes_to_the_reference_and_is_refused_by_name():
     assert select("probe_reward", FLOAT.double()) == "reference"
-    with ops.use_backend("native"), pytest.raises(ValueError, match="native.*probe_reward.*float64"):
+    with ops.use_backend("native"), pytest.raises(ValueError, match=r"native.*probe_reward.*float64"):
         select("probe_reward", FLOAT.double())
 
 
 def test_block_restores_also_after_an_error():
     before = select("probe_reward", FLOAT)
-    with pytest.raises(RuntimeError, match="inside"), ops.use_backend("reference"):
-        assert select("probe_reward", FLOAT) == "reference"
-        with ops.use_backend("auto"):
-            assert select("probe_reward", FLOAT) == before
-        raise RuntimeError("inside")
+
+    def fail_inside():
+        with ops.use_backend("reference"):
+            assert select("probe_reward", FLOAT) == "reference"
+            with ops.use_backend("auto"):
+                assert select("probe_reward", FLOAT) == before
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
     assert select("probe_reward", FLOAT) == before
 
 
@@ -46,7 +51,7 @@ def test_environment_chooses_and_block_wins(monkeypatch):
     with ops.use_backend("auto"):
         assert select("probe_reward", FLOAT) == before
     monkeypatch.setenv("REPRDPO_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="REPRDPO_BACKEND must be one of .*not 'cuda'"):
+    with pytest.raises(ValueError, match=r"REPRDPO_BACKEND must be one of .*not 'cuda'"):
         select("probe_reward", FLOAT)
 
 

@@ -137,7 +137,12 @@ def test_pool_opcheck_and_compile(form):
         (torch.zeros(4, 5, 6), INDEX, ValueError, r"hidden_states must be \[L, B, T, D\]"),
         ([torch.zeros(4)], INDEX, ValueError, r"hidden_states\[0\] must be \[B, T, D\] or packed"),
         ([torch.zeros(4, 5, 6), torch.zeros(4, 5, 7)], INDEX, ValueError, r"hidden_states\[1\] must be of shape"),
-        ([torch.zeros(4, 5, 6), torch.zeros(4, 5, 6).half()], INDEX, TypeError, r"hidden_states\[1\] must have the dtype"),
+        (
+            [torch.zeros(4, 5, 6), torch.zeros(4, 5, 6).half()],
+            INDEX,
+            TypeError,
+            r"hidden_states\[1\] must have the dtype",
+        ),
         ([torch.zeros(4, 5, 6), torch.zeros(4, 5, 6, device="meta")], INDEX, ValueError, "must have the device"),
         ([torch.zeros(4, 5, 6), None], INDEX, TypeError, r"hidden_states\[1\] must be a tensor, not NoneType"),
         ([torch.zeros(4, 5, 6).long()], INDEX, TypeError, r"hidden_states\[0\] must be float32"),
