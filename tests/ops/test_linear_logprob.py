@@ -156,7 +156,7 @@ def test_logits_alive_stay_within_the_budget(dtype, entropy, softcap):
         out = forward_tiles(
             hidden, head, labels, None, ignore_index=-100, entropy=entropy, stats=True, max_tile_bytes=budget
         )
-    assert budget / 2 < live.peak <= budget + small
+    assert budget / 3 < live.peak <= budget + small
     grad = torch.ones(rows)
     with LiveBytes(hidden, weight) as live:
         backward_tiles(
@@ -174,7 +174,7 @@ def test_logits_alive_stay_within_the_budget(dtype, entropy, softcap):
             weight_grad=True,
             bias_grad=False,
         )
-    assert budget / 2 < live.peak <= budget + small
+    assert budget / 3 < live.peak <= budget + small
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
