@@ -3,6 +3,7 @@
 Shape suffixes: N tokens, n tokens of a tile, D hidden size, V vocabulary.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -232,7 +233,7 @@ def forward_tiles(
         if tile.entropy is not None:
             out.entropy[index_n] = tile.entropy.masked_fill_(ignored_n, 0)
 
-    with torch.amp.autocast(hidden_ND.device.type, enabled=False):
+    with exact_matmuls(hidden_ND.device):
         for index_n in _tile_rows(labels_N, scored_index, ignore_index, plan.rows):
             run(index_n)
     return out
@@ -284,7 +285,7 @@ def backward_tiles(
         if hidden_grad_nD is not None:
             hidden_grad_ND[index_n] = hidden_grad_nD.to(hidden_ND.dtype)
 
-    with torch.amp.autocast(hidden_ND.device.type, enabled=False):
+    with exact_matmuls(hidden_ND.device):
         for index_n in _tile_rows(labels_N, scored_index, ignore_index, plan.rows):
             run(index_n)
     weight_out, bias_out = head_grads
@@ -329,6 +330,22 @@ def default_tile_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return max(2**30, torch.cuda.get_device_properties(device).total_memory // 32)
     return 2**28
+
+
+@contextlib.contextmanager
+def exact_matmuls(device: torch.device) -> Iterator[None]:
+    """Matmuls in their operands' dtype: no autocast (it reaches into an op's body), no TF32 or bf16 for float32."""
+    backends: Any = torch.backends
+    settings = [backends.cuda.matmul, backends.mkldnn.matmul]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        with torch.amp.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def _tile_rows(labels_N: Tensor, scored_index: Tensor | None, ignore_index: int, rows: int) -> Iterator[Tensor]:
