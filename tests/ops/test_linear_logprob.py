@@ -290,6 +290,15 @@ def test_autocast_casts_hidden_and_weight_alone():
     assert (logp - exact).abs().max() < 1e-5
 
 
+def test_a_backward_inside_autocast_is_that_of_the_forward_outside():
+    hidden, weight, labels, _ = make(dtype=torch.float32)
+    logp = linear_logprob(hidden, weight, labels)
+    outside = torch.autograd.grad(logp.sum(), (hidden, weight), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(logp.sum(), (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
 def test_float32_means_float32_whatever_the_global_precision():
     hidden, weight, labels, _ = make(40, 512, 256, torch.float32)
     before = linear_logprob(hidden, weight, labels)
