@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from tqdm import tqdm
 
 from reprdpo.data.schema import PREFERENCES, PROMPTS, RESPONSES, InvalidRowError, Kind, Schema, kind_of, normalise_row
 from reprdpo.errors import UserError
@@ -84,7 +85,8 @@ def _load(
     kind: Kind | None = None
     bad: list[str] = []
     total = 0
-    for total, row in enumerate(_rows(source, split), start=1):
+    rows = tqdm(_rows(source, split), desc=f"Reading {source}", unit=" rows", delay=2)
+    for total, row in enumerate(rows, start=1):
         try:
             if isinstance(row.value, InvalidRowError):
                 raise row.value
@@ -216,7 +218,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def _parse(content: bytes) -> Any:
     try:
-        return json.loads(content)
+        return json.loads(content.decode())
     except UnicodeDecodeError as error:
         return InvalidRowError(f"is not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
     except (json.JSONDecodeError, RecursionError) as error:

@@ -95,8 +95,7 @@ def tokenize_prompt(
         PromptTooLongError: in the modes ``error`` and ``drop``.
     """
     (ids,) = _prompt_ids(tokenizer, [prompt])
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
+    ids = _without_last(tokenizer.eos_token_id, ids)
     return _cut_prompt([ids], len(ids), config, tokenizer.bos_token_id, config.max_length - max_new_tokens)[0]
 
 
@@ -315,7 +314,7 @@ def _whole_ids(
         return sequences
     if eos is None:
         raise UserError("the tokenizer has no end-of-sequence token to append; set eos_token, or append_eos to false")
-    return [ids if ids[-1:] == [eos] else [*ids, eos] for ids in sequences]
+    return [[*_without_last(eos, ids), eos] for ids in sequences]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, chat: bool) -> list[list[int]]:
@@ -337,6 +336,13 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Any], *, 
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"the chat template refuses roles {[m['role'] for m in messages]} ({error})") from error
+
+
+def _without_last(eos: int | None, ids: list[int]) -> list[int]:
+    length = len(ids)
+    while length > 1 and ids[length - 1] == eos:
+        length -= 1
+    return ids[:length]
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:

@@ -1,0 +1,26 @@
+// Every native op: its schema, and which function serves it on the CPU. The public ops, torch.ops.reprdpo.*,
+// their checks, fakes and autograd are Python's (reprdpo/ops); these are called by them alone.
+#include <torch/csrc/stable/library.h>
+
+#include "common/cpu_capability.h"
+#include "ops.h"
+
+namespace {
+std::string cpu_capability_name() { return reprdpo::name(reprdpo::cpu_capability()); }
+}  // namespace
+
+STABLE_TORCH_LIBRARY(reprdpo_native, library) {
+  library.def("cpu_capability() -> str");
+  library.def(
+      "probe_reward(Tensor[] hidden_states, Tensor? index, Tensor probe_weight, Tensor probe_bias, "
+      "Tensor? gate_weight, Tensor gate_bias, str gate, bool save_pooled) "
+      "-> (Tensor reward, Tensor layer_scores, Tensor layer_gate, Tensor pooled)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CompositeExplicitAutograd, library) {
+  library.impl("cpu_capability", TORCH_BOX(&cpu_capability_name));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CPU, library) {
+  library.impl("probe_reward", TORCH_BOX(&reprdpo::probe_reward_cpu));
+}
