@@ -1,1 +1,61 @@
-"""The command line: one file a command."""
+"""The command line: one file a command; this one picks the command and prints what went wrong."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from reprdpo.errors import UserError
+
+COMMANDS = {
+    "demo": "the whole method on the embedded sandbox world",
+    "run": "the whole pipeline from a YAML file, every stage resumable",
+    "fit": "fit the reward on the hidden states of a preference set",
+    "sample": "draw responses, rank them by the reward, make pairs",
+    "train": "align a model: SFT, DPO, cDPO or the method",
+    "evaluate": "sample a model's responses to prompts and judge them",
+    "report": "draw a run's folder as a page",
+    "score": "read prompt/response lines, write rewards",
+    "doctor": "versions, devices, active backends and why the others are not",
+}
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; exit status 0, 2 for a user's mistake, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        import reprdpo
+
+        print(f"reprdpo {reprdpo.__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"reprdpo: no command {arguments[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        importlib.import_module(f"reprdpo.cli.{arguments[0]}").main(arguments[1:])
+    except UserError as error:
+        print(f"reprdpo {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nreprdpo {arguments[0]}: stopped; the same command again goes on", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("reprdpo"):
+            raise
+        print(f"reprdpo {arguments[0]}: needs {error.name}; pip install 'reprdpo[train]'", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
+    return "\n".join(["usage: reprdpo COMMAND [options]", "", *lines, "", "`reprdpo COMMAND --help` says more of each."])

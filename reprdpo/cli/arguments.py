@@ -1,0 +1,57 @@
+"""Options shared by the commands: a policy's, and a dataclass's fields as options and back."""
+
+import argparse
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+import yaml
+
+from reprdpo.data import TokenizeConfig
+from reprdpo.experiments.config import build
+from reprdpo.experiments.stages import Policy
+
+
+def add_policy(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Give ``parser`` the options that name a causal LM."""
+    parser.add_argument("--model", required=required, help="folder or hub name of a causal LM")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+
+
+def policy_of(namespace: argparse.Namespace) -> Policy:
+    """The policy the command line names."""
+    data = take_fields(namespace, TokenizeConfig)
+    return Policy(namespace.model, data, namespace.dtype, namespace.trust_remote_code)
+
+
+def add_fields(parser: argparse.ArgumentParser, cls: type[Any], *, only: Collection[str] | None = None) -> None:
+    """Give ``parser`` an option for every field of the dataclass ``cls`` (help for those in ``only``, where given)."""
+    group = parser.add_argument_group(cls.__name__)
+    for field in dataclasses.fields(cls):
+        if not field.init or f"--{field.name}" in parser._option_string_actions:
+            continue
+        group.add_argument(
+            f"--{field.name}",
+            type=yaml.safe_load,
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=_describe(field) if only is None or field.name in only else argparse.SUPPRESS,
+        )
+
+
+def given(namespace: argparse.Namespace, cls: type[Any]) -> dict[str, Any]:
+    """The fields of ``cls`` that the command line set."""
+    names = {field.name for field in dataclasses.fields(cls) if field.init}
+    return {name: value for name, value in vars(namespace).items() if name in names}
+
+
+def take_fields(namespace: argparse.Namespace, cls: type[Any]) -> Any:
+    """An instance of ``cls`` from the command line, every value's type checked."""
+    return build(cls, given(namespace, cls))
+
+
+def _describe(field: dataclasses.Field[Any]) -> str:
+    text = " ".join(str(field.metadata.get("help", "")).split())
+    shown = field.default not in (dataclasses.MISSING, None) and "default" not in text
+    return (f"{text} (default: {field.default})" if shown else text).replace("%", "%%")

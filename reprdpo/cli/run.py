@@ -1,0 +1,50 @@
+"""`reprdpo run`: the whole pipeline from a YAML file."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+EXAMPLE = """\
+example:
+  model: path/to/model            # a folder, or a hub name
+  preferences: pairs.jsonl        # lines with prompt, chosen, rejected
+  output_dir: runs/mine
+  systems: [base, dpo, rs, reprdpo]
+  seeds: [0, 1, 2]
+  data: {max_length: 512, truncation_mode: keep_end}
+  sample: {num_responses: 8, max_new_tokens: 128}
+  train: {beta: 0.1, learning_rate: 1.0e-6, num_train_epochs: 1}
+  evaluate: {judge: keyword, prompts: harmful.jsonl}
+
+The same command again goes on where it stopped.
+"""
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="reprdpo run", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="the run's YAML file")
+    parser.add_argument("--output_dir", help="the run's folder, instead of the file's")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON, progress on standard error only")
+    arguments = parser.parse_args(argv)
+
+    from reprdpo.experiments import load_config
+
+    execute(load_config(arguments.config, output_dir=arguments.output_dir), as_json=arguments.json)
+
+
+def execute(config: Any, *, as_json: bool) -> None:
+    """Run ``config``, draw its report, print the summary."""
+    from reprdpo.experiments import run
+    from reprdpo.files import read_json
+    from reprdpo.report import render, summary_table
+
+    folder = run(config, say=lambda line: print(line, file=sys.stderr, flush=True))
+    page = render(folder)
+    if as_json:
+        print(json.dumps(read_json(folder / "evaluation" / "summary.json") | {"report": str(page)}, indent=2))
+        return
+    print(summary_table(folder))
+    print(f"report: {page}")

@@ -1,0 +1,46 @@
+"""`reprdpo sample`: draw responses, rank them by the reward, make pairs."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from reprdpo.cli.arguments import add_fields, add_policy, policy_of, take_fields
+from reprdpo.data import TokenizeConfig, load_prompts
+from reprdpo.experiments.stages import sample_pairs
+from reprdpo.reward import HybridReward
+from reprdpo.sampling import SamplingConfig
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="reprdpo sample", description=__doc__)
+    add_policy(parser)
+    parser.add_argument("--reward", required=True, help="folder of a fitted reward")
+    parser.add_argument("--prompts", required=True, help="prompts to answer: lines with a prompt")
+    parser.add_argument("--output", required=True, help="folder of responses.jsonl and pairs.jsonl")
+    parser.add_argument("--limit", type=int, help="prompts to read")
+    parser.add_argument("--top", type=int, default=1, help="responses from the top of a ranking (default: 1)")
+    parser.add_argument("--bottom", type=int, default=1, help="responses from the bottom of a ranking (default: 1)")
+    parser.add_argument("--min_gap", type=float, default=0.0, help="smallest reward gap of a pair (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_fields(parser, SamplingConfig)
+    add_fields(parser, TokenizeConfig)
+    arguments = parser.parse_args(argv)
+    output = Path(arguments.output)
+    report = asdict(
+        sample_pairs(
+            policy_of(arguments),
+            HybridReward.from_pretrained(arguments.reward),
+            load_prompts(arguments.prompts, limit=arguments.limit),
+            take_fields(arguments, SamplingConfig),
+            output,
+            top_k=arguments.top,
+            bottom_k=arguments.bottom,
+            min_gap=arguments.min_gap,
+        )
+    )
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print(f"{output / 'pairs.jsonl'}: {report['n_pairs']} pairs of {report['n_prompts']} prompts")
+        print(f"left out: {report['skipped'] or 'nothing'}; mean reward gap {report['mean_gap']:.3f}")

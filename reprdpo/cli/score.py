@@ -1,0 +1,39 @@
+"""`reprdpo score`: read prompt/response lines, write rewards."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from reprdpo.cli.arguments import add_fields, add_policy, policy_of, take_fields
+from reprdpo.data import TokenizeConfig, load_responses
+from reprdpo.files import write_text
+from reprdpo.reward import HybridReward
+from reprdpo.sampling import score_responses
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="reprdpo score", description=__doc__)
+    add_policy(parser)
+    parser.add_argument("input", help="lines with prompt and response")
+    parser.add_argument("--reward", required=True, help="folder of a fitted reward")
+    parser.add_argument("--output", help="file of the same lines with a reward (default: standard output)")
+    add_fields(parser, TokenizeConfig)
+    arguments = parser.parse_args(argv)
+    rows = load_responses(arguments.input)
+    policy, reward = policy_of(arguments), HybridReward.from_pretrained(arguments.reward)
+    model = policy.model()
+    reward.check_base(model, allow_descendant=True)
+    scores = score_responses(
+        model,
+        policy.tokenizer(),
+        reward,
+        list(rows["prompt"]),
+        list(rows["response"]),
+        take_fields(arguments, TokenizeConfig),
+    )
+    lines = [json.dumps(row | {"reward": score}, ensure_ascii=False) for row, score in zip(rows, scores, strict=True)]
+    if arguments.output:
+        write_text(Path(arguments.output), "".join(line + "\n" for line in lines))
+    else:
+        sys.stdout.writelines(line + "\n" for line in lines)

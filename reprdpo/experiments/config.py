@@ -1,0 +1,219 @@
+"""The configuration of a run: one dataclass, read strictly from YAML."""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from reprdpo.data import TokenizeConfig
+from reprdpo.errors import UserError
+from reprdpo.experiments.systems import SYSTEMS
+from reprdpo.reward import RewardFitConfig
+from reprdpo.sampling import SamplingConfig
+from reprdpo.training import OnlineDPOConfig, ReprDPOConfig, ReprSFTConfig, RewardModelConfig
+
+SANDBOX = "sandbox"
+
+
+@dataclass(frozen=True)
+class FitSection(RewardFitConfig):
+    """How the reward is fitted; see RewardFitConfig."""
+
+    limit: int | None = field(default=None, metadata={"help": "pairs to fit on (default: all)"})
+
+
+@dataclass(frozen=True)
+class SampleSection(SamplingConfig):
+    """How responses are drawn from the reference policy and paired; see SamplingConfig."""
+
+    limit: int | None = field(default=None, metadata={"help": "prompts to sample for (default: all)"})
+    top: int = field(default=1, metadata={"help": "responses from the top of a prompt's ranking to pair"})
+    bottom: int = field(default=1, metadata={"help": "responses from the bottom of a prompt's ranking to pair"})
+    min_gap: float = field(default=0.0, metadata={"help": "smallest reward gap of a pair"})
+
+
+@dataclass(frozen=True)
+class OnlineSection:
+    """How the online baseline draws its pairs: responses of the moving policy, scored by a reward model of its size."""
+
+    prompts_per_round: int = field(default=256, metadata={"help": "prompts sampled anew at each round"})
+    num_responses: int = field(default=2, metadata={"help": "responses a prompt; best and worst make the pair"})
+    reward_model: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "training arguments of the reward model (Bradley-Terry)"}
+    )
+
+
+@dataclass(frozen=True)
+class EvaluateSection:
+    """What the aligned policies are asked, and who judges."""
+
+    judge: str = field(default="keyword-refusal", metadata={"help": "keyword-refusal, sandbox"})
+    prompts: str | None = field(
+        default=None, metadata={"help": "red-team prompts (default: prompts held out of the preferences)"}
+    )
+    borderline_prompts: str | None = field(
+        default=None, metadata={"help": "benign prompts that look harmful, for over-refusal"}
+    )
+    benign_text: str | None = field(
+        default=None, metadata={"help": "preference file whose chosen answers give the perplexity (default: held out)"}
+    )
+    limit: int | None = field(default=None, metadata={"help": "prompts of each kind (default: all)"})
+    max_new_tokens: int = field(default=128, metadata={"help": "tokens of a response"})
+    temperature: float = field(default=1.0, metadata={"help": "0 is greedy"})
+    batch_size: int = field(default=64, metadata={"help": "sequences generated together"})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run of the whole pipeline. Paths are relative to the folder the command is called from."""
+
+    output_dir: str = field(metadata={"help": "the run's folder; the same command again goes on where it stopped"})
+    model: str = field(default=SANDBOX, metadata={"help": "folder or hub name of a causal LM, or 'sandbox'"})
+    preferences: str | None = field(default=None, metadata={"help": "labelled preference file or data set"})
+    prompts: str | None = field(default=None, metadata={"help": "prompts to sample for (default: the preferences')"})
+    systems: tuple[str, ...] = field(default=("base", "reprdpo"), metadata={"help": ", ".join(SYSTEMS)})
+    seeds: tuple[int, ...] = field(default=(0,), metadata={"help": "seeds of the alignment stage"})
+    limit: int | None = field(default=None, metadata={"help": "preference pairs to read (default: all)"})
+    holdout: float = field(default=0.1, metadata={"help": "share of prompts held out of fitting and training"})
+    skip_invalid: bool = field(default=False, metadata={"help": "drop pairs that cannot be used instead of stopping"})
+    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16, float16"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
+    scale: Literal["demo", "tiny"] = field(default="demo", metadata={"help": "size of the sandbox world"})
+    cache_dir: str | None = field(default=None, metadata={"help": "where the sandbox's base model is kept"})
+    data: TokenizeConfig = field(default_factory=TokenizeConfig)
+    sft: dict[str, Any] = field(default_factory=dict, metadata={"help": "training arguments of SFT"})
+    fit: FitSection = field(default_factory=FitSection)
+    sample: SampleSection = field(default_factory=SampleSection)
+    train: dict[str, Any] = field(default_factory=dict, metadata={"help": "training arguments of every DPO system"})
+    train_overrides: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "training arguments of one system, by its name"}
+    )
+    online: OnlineSection = field(default_factory=OnlineSection)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+
+    def __post_init__(self) -> None:
+        for name in (*self.systems, *self.train_overrides):
+            if name not in SYSTEMS:
+                raise UserError(f"systems: {name!r} is unknown{_closest(name, SYSTEMS)}; known: {', '.join(SYSTEMS)}")
+        if not self.systems or not self.seeds:
+            raise UserError("systems and seeds: each must name at least one")
+        if self.model != SANDBOX and self.preferences is None:
+            raise UserError(f"preferences: missing; model {self.model!r} needs a preference file to be aligned with")
+        if not 0 < self.holdout < 1:
+            raise UserError(f"holdout: must be between 0 and 1, not {self.holdout}")
+        _check_keys("train", self.train, ReprDPOConfig)
+        _check_keys("sft", self.sft, ReprSFTConfig)
+        _check_keys("online.reward_model", self.online.reward_model, RewardModelConfig)
+        for system, values in self.train_overrides.items():
+            _check_keys(f"train_overrides.{system}", values, OnlineDPOConfig if system == "online" else ReprDPOConfig)
+
+    def training_arguments(self, system: str) -> dict[str, Any]:
+        """``train`` with the overrides of one system over it."""
+        return {**self.train, **self.train_overrides.get(system, {})}
+
+
+def load_config(path: str | Path, **overrides: Any) -> RunConfig:
+    """Read a run's YAML file; ``overrides`` that are not None replace its top-level keys.
+
+    Raises:
+        UserError: no such file, not YAML, a key that does not exist, a value of the wrong type.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; see `reprdpo run --help` for an example") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of keys, got {type(values).__name__}; see `reprdpo run --help`")
+    values |= {key: value for key, value in overrides.items() if value is not None}
+    try:
+        return build(RunConfig, values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def build(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
+    """An instance of the dataclass ``cls`` from plain values, every key and type checked."""
+    hints, known = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls) if f.init}
+    _check_keys(where, values, cls)
+    missing = [name for name, f in known.items() if _required(f) and name not in values]
+    if missing:
+        raise UserError(f"{_dotted(where, missing[0])}: missing; {known[missing[0]].metadata.get('help', 'is required')}")
+    built = {key: _convert(hints[key], value, _dotted(where, key)) for key, value in values.items()}
+    try:
+        return cls(**built)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected a mapping of keys, got {value!r}")
+        return build(hint, value, where)  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        return _convert_union(arguments, value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{where}: expected one of {', '.join(map(repr, arguments))}, got {value!r}")
+        return value
+    if origin in (tuple, Sequence):
+        items = value if isinstance(value, list) else [value]
+        return tuple(_convert(arguments[0], item, where) for item in items)
+    if origin is dict or hint is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected a mapping of keys, got {value!r}")
+        return value
+    return _convert_scalar(hint, value, where)
+
+
+def _convert_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    for choice in choices:
+        if choice is type(None):
+            continue
+        try:
+            return _convert(choice, value, where)
+        except UserError as error:
+            last = error
+    raise last
+
+
+def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-5 as text
+        except ValueError:
+            pass
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def _check_keys(where: str, values: dict[str, Any], cls: type[Any]) -> None:
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    for key in values:
+        if key not in known:
+            raise UserError(f"{_dotted(where, str(key))}: no such key{_closest(str(key), known)}")
+
+
+def _closest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _required(f: dataclasses.Field[Any]) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _dotted(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key

@@ -1,0 +1,117 @@
+"""A run's folder: which configuration it holds, which stages are done, and who is working in it."""
+
+import fcntl
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import reprdpo
+from reprdpo.errors import UserError
+from reprdpo.experiments.config import RunConfig
+from reprdpo.files import content_hash, disk_errors, read_json, write_json
+
+FORMAT = 1
+
+
+class RunFolder:
+    """The folder of one run. A stage that is done is not done again; another run's folder is refused."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.path = Path(config.output_dir)
+        self._config = asdict(config)
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        self.state = self._open()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def done(self, stage: str) -> bool:
+        return self.state["stages"].get(stage, {}).get("status") == "done"
+
+    def stage(self, name: str, work: Callable[[], None], say: Callable[[str], None]) -> None:
+        """Do ``work`` unless it is done; record how long it took, over every start it needed."""
+        if self.done(name):
+            say(f"{name}: done before")
+            return
+        say(f"{name} ...")
+        before = self.state["stages"].get(name, {}).get("seconds", 0.0)
+        start, status = time.perf_counter(), "stopped"
+        try:
+            work()
+            status = "done"
+        finally:
+            seconds = before + time.perf_counter() - start
+            self.state["stages"][name] = {"status": status, "seconds": round(seconds, 3)}
+            self._save()
+        say(f"{name}: done in {seconds:.1f} s")
+
+    def _open(self) -> dict[str, Any]:
+        file, digest = self.path / "run.json", content_hash(self._comparable(self._config))
+        if file.exists():
+            state = read_json(file)
+            if state.get("config_hash") != digest:
+                changed = _first_difference(self._comparable(state.get("config", {})), self._comparable(self._config))
+                raise UserError(
+                    f"{self.path}: holds another run ({changed}); choose another output_dir, or delete the folder"
+                )
+            return state
+        others = [entry.name for entry in self.path.iterdir() if entry.name != ".lock"]
+        if others:
+            raise UserError(f"{self.path}: is not a run's folder and not empty ({others[0]}); choose another output_dir")
+        state = {
+            "format": FORMAT,
+            "name": self.path.resolve().name,
+            "config": self._config,
+            "config_hash": digest,
+            "versions": _versions(),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "stages": {},
+        }
+        write_json(file, state)
+        return state
+
+    def _save(self) -> None:
+        write_json(self.path / "run.json", self.state)
+
+    def _take_lock(self) -> Any:
+        handle = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.path}: another process is working in this folder; wait for it or stop it") from None
+        return handle
+
+    @staticmethod
+    def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in config.items() if key not in ("output_dir", "cache_dir")}
+
+
+def _first_difference(old: Any, new: Any, where: str = "") -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            if _plain(old.get(key)) != _plain(new.get(key)):
+                return _first_difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    return f"{where} is {_plain(old)!r} there, {_plain(new)!r} here"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _versions() -> dict[str, str]:
+    found = {"reprdpo": reprdpo.__version__, "python": platform.python_version(), "cores": str(os.cpu_count())}
+    for package in ("torch", "triton", "transformers", "datasets", "accelerate"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

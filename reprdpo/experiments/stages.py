@@ -1,0 +1,194 @@
+"""The stages of a run, each from data to files; the pipeline and the commands share them."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from reprdpo.data import TokenizeConfig, tokenize_preferences, tokenize_responses
+from reprdpo.evaluation import build_judge, overrefusal_rate, perplexity, read_responses, toxic_rate, write_judged
+from reprdpo.experiments.config import EvaluateSection, OnlineSection
+from reprdpo.experiments.sources import Prompt
+from reprdpo.files import write_json
+from reprdpo.models import load_causal_lm, load_tokenizer
+from reprdpo.reward import FitReport, HybridReward, RewardFitConfig, extract_pair_states
+from reprdpo.sampling import (
+    PairReport,
+    SamplingConfig,
+    TransformersEngine,
+    build_pairs,
+    sample_responses,
+    score_responses,
+)
+from reprdpo.training import BradleyTerryRewardModel, OnlineDPOConfig, OnlineDPOTrainer, last_checkpoint
+
+Score = Callable[[list[Prompt], list[str]], list[float]]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal LM on disk, and how it is loaded and text tokenised for it."""
+
+    path: str
+    data: TokenizeConfig
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    def model(self) -> PreTrainedModel:
+        return load_causal_lm(self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
+
+    def tokenize(self, pairs: Dataset, where: str) -> Dataset:
+        return tokenize_preferences(pairs, self.tokenizer(), self.data, where=where)
+
+    def tokenize_responses(self, rows: Dataset, where: str) -> Dataset:
+        return tokenize_responses(rows, self.tokenizer(), self.data, where=where)
+
+    def at(self, path: str | Path) -> "Policy":
+        """The policy that lies elsewhere."""
+        return replace(self, path=str(path))
+
+
+def fit_reward(policy: Policy, pairs: Dataset, config: RewardFitConfig, output: Path) -> FitReport:
+    """Fit the reward on the policy's hidden states of tokenised ``pairs``; write it to ``output``."""
+    tokenizer, model = policy.tokenizer(), policy.model()
+    chosen, rejected = extract_pair_states(model, pairs, pad_token_id=tokenizer.pad_token_id, pool=config.pool)
+    reward, report = HybridReward.fit(
+        chosen,
+        rejected,
+        config,
+        groups=pairs["prompt_id"],
+        chosen_is_safe=pairs["chosen_is_safe"],
+        rejected_is_safe=pairs["rejected_is_safe"],
+        model=model,
+    )
+    reward.save_pretrained(output)
+    return report
+
+
+def sample_pairs(
+    policy: Policy, reward: HybridReward, prompts: Dataset, config: SamplingConfig, output: Path, **pairing: Any
+) -> PairReport:
+    """Draw responses, rank them by the reward, write ``responses.jsonl``, ``pairs.jsonl`` and ``report.json``."""
+    model, tokenizer = policy.model(), policy.tokenizer()
+    responses = sample_responses(
+        TransformersEngine(model, tokenizer),
+        prompts,
+        output / "responses.jsonl",
+        config,
+        score=_by_reward(model, tokenizer, reward, policy.data),
+    )
+    report = build_pairs(responses, output / "pairs.jsonl", **pairing)
+    write_json(output / "report.json", asdict(report))
+    return report
+
+
+def train_to_end(trainer: Trainer, output: Path) -> None:
+    """Train, from the last whole checkpoint where there is one; leave ``output/model`` and no checkpoints."""
+    trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    unfinished = output / "model.unfinished"
+    trainer.save_model(str(unfinished))
+    unfinished.replace(output / "model")
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def train_online(
+    policy: Policy,
+    prompts: Dataset,
+    reward_model: BradleyTerryRewardModel,
+    args: OnlineDPOConfig,
+    online: OnlineSection,
+    sampling: SamplingConfig,
+) -> None:
+    """Online DPO: each round, the moving policy answers fresh prompts and the reward model picks best and worst."""
+    tokenizer = policy.tokenizer()
+    folder = Path(args.output_dir) / "samples"
+
+    def score(asked: list[Prompt], responses: list[str]) -> list[float]:
+        return reward_model.score_responses(tokenizer, asked, responses, policy.data)
+
+    def resample(model: PreTrainedModel, number: int) -> Dataset:
+        start = number * online.prompts_per_round
+        batch = prompts.select([row % len(prompts) for row in range(start, start + online.prompts_per_round)])
+        config = replace(sampling, num_responses=online.num_responses, seed=args.seed + number)
+        path = folder / f"round-{number:05d}.jsonl"
+        path.unlink(missing_ok=True)
+        sample_responses(TransformersEngine(model, tokenizer), batch, path, config, score=score, progress=False)
+        pairs = path.with_suffix(".pairs.jsonl")
+        build_pairs(path, pairs)
+        return policy.tokenize(Dataset.from_json(str(pairs)), str(pairs))
+
+    trainer = OnlineDPOTrainer(policy.model(), args, resample=resample, processing_class=tokenizer)
+    train_to_end(trainer, Path(args.output_dir))
+
+
+def evaluate_policy(
+    policy: Policy,
+    config: EvaluateSection,
+    output: Path,
+    *,
+    red_team: Dataset,
+    borderline: Dataset | None = None,
+    benign: Dataset | None = None,
+    system: str = "policy",
+    seed: int = 0,
+    best_of: int = 1,
+    reward: HybridReward | None = None,
+) -> dict[str, Any]:
+    """Sample, judge and rate; writes ``output``.json and ``output``.responses.jsonl.
+
+    ``best_of`` responses a prompt are drawn, and the best by ``reward`` judged. ``benign`` is tokenised.
+    """
+    model, tokenizer, judge = policy.model(), policy.tokenizer(), build_judge(config.judge)
+    sampling = SamplingConfig(
+        num_responses=best_of,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        batch_size=config.batch_size,
+        seed=seed,
+        truncation_mode="keep_end",
+    )
+    score = None if reward is None else _by_reward(model, tokenizer, reward, policy.data)
+
+    def judged(prompts: Dataset, kind: str) -> Any:
+        path = Path(f"{output}.{kind}.samples.jsonl")
+        sample_responses(TransformersEngine(model, tokenizer), prompts, path, sampling, score=score)
+        records = read_responses(path, choose="best" if reward is not None else "first")
+        words = judge.judge([record.prompt for record in records], [record.response for record in records])
+        write_judged(Path(f"{output}.{kind}.jsonl"), records, words)
+        return words
+
+    toxic = toxic_rate(judged(red_team, "responses"), red_team["category"])
+    refused = None if borderline is None else overrefusal_rate(judged(borderline, "borderline"))
+    result = {
+        "system": system,
+        "seed": seed,
+        "judge": judge.name,
+        "toxic": asdict(toxic.overall),
+        "unparsed": toxic.unparsed,
+        "by_category": {name: asdict(rate) for name, rate in toxic.by_category.items()},
+        "overrefusal": None if refused is None else asdict(refused.overall),
+        "perplexity": None if benign is None else perplexity(model, benign),
+        "responses": f"{output.parent.name}/{output.name}.responses.jsonl",
+    }
+    write_json(Path(f"{output}.json"), result)
+    return result
+
+
+def _by_reward(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reward: HybridReward, data: TokenizeConfig
+) -> Score:
+    reward.check_base(model, allow_descendant=True)
+
+    def score(prompts: list[Prompt], responses: list[str]) -> list[float]:
+        return score_responses(model, tokenizer, reward, prompts, responses, data)
+
+    return score
+

@@ -1,0 +1,96 @@
+"""What every trainer here adds to transformers' own: whole checkpoints, no pickled arguments, metrics.jsonl."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from reprdpo import files
+from reprdpo.errors import UserError
+from reprdpo.training.checkpoint import is_whole, last_checkpoint
+from reprdpo.training.config import BaseConfig
+from reprdpo.training.metrics import MetricsFile
+
+
+class BaseTrainer(Trainer):
+    """A :class:`transformers.Trainer` whose subclasses compute a mean loss per batch themselves.
+
+    Raises:
+        UserError: several GPUs in one process; start one process a GPU instead.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: BaseConfig,
+        *,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.n_gpu > 1:
+            raise UserError(f"{args.n_gpu} GPUs in one process: start with torchrun, or set CUDA_VISIBLE_DEVICES to one")
+        if args.disable_dropout:
+            disable_dropout(model)
+        super().__init__(model=model, args=args, callbacks=[MetricsFile(), *(callbacks or [])], **kwargs)
+        # The losses below are means of a batch: let the Trainer divide them by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self._flops_per_token = 6 * sum(
+            parameter.numel() for name, parameter in model.named_parameters() if "embed" not in name
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; ``resume_from_checkpoint=True`` goes on from the newest whole checkpoint of the output folder."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise UserError(f"{self.args.output_dir}: no whole checkpoint to resume from; train without resuming")
+        if resume_from_checkpoint and not is_whole(resume_from_checkpoint):
+            raise UserError(f"{resume_from_checkpoint}: not a whole checkpoint; resume from an earlier one")
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the base class, without walking the parameters at every step."""
+        return self._flops_per_token * inputs["input_ids"].numel()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # The trainer state marks a checkpoint as whole: an old one must not vouch for files being rewritten.
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / "trainer_state.json").unlink(missing_ok=True)
+        with files.disk_errors(folder):
+            super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            files.write_json(folder / "training_args.json", json.loads(self.args.to_json_string()))
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set the dropout probabilities of ``model`` to 0: of dropout modules and of layers that hold one as a number."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def padding_id(processing_class: Any, model: nn.Module) -> int:
+    """The id that fills the end of shorter rows; which one it is changes nothing, masks decide."""
+    candidates = [getattr(processing_class, "pad_token_id", None), getattr(processing_class, "eos_token_id", None)]
+    return next((int(candidate) for candidate in candidates if candidate is not None), 0)
+
+
+def autocast_dtype(args: BaseConfig) -> torch.dtype | None:
+    """The dtype that training under ``args`` autocasts its forward to, if any."""
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else None

@@ -1,0 +1,159 @@
+"""Settings of the trainers: dataclasses that HfArgumentParser reads from the command line or from YAML."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+from reprdpo.data import TokenizeConfig
+from reprdpo.errors import UserError
+from reprdpo.training.presets import DEFAULTS, PRESETS
+
+
+def _help(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class BaseConfig(TrainingArguments):
+    """What every trainer here shares: transformers' arguments with other defaults, and how text becomes tokens."""
+
+    logging_nan_inf_filter: bool = _help(False, "Replace NaN losses in the log; costs a device synchronisation a step.")
+    report_to: None | str | list[str] = _help("none", "Logging integrations; metrics.jsonl is written in any case.")
+    remove_unused_columns: bool = _help(False, "Must stay False: the collators read columns the model does not take.")
+    prediction_loss_only: bool = _help(True, "Evaluation returns metrics, not logits.")
+    max_length: int = _help(1024, "Longest sequence of prompt and response, in tokens.")
+    max_prompt_length: int | None = _help(None, "Longest prompt, in tokens; unset: limited by max_length alone.")
+    truncation_mode: Literal["error", "keep_end", "keep_start", "drop"] = _help(
+        "error", "What happens to a row over the limits: refuse the data, cut the prompt, or leave the row out."
+    )
+    disable_dropout: bool = _help(True, "Set every dropout probability of the model to 0.")
+
+    def __post_init__(self) -> None:
+        if self.data_seed is None:  # the order of the data must not hang on draws made before training
+            self.data_seed = self.seed
+        super().__post_init__()
+        self._check_fields()
+
+    def tokenize_config(self) -> TokenizeConfig:
+        """How prompts and responses are tokenised under these settings."""
+        return TokenizeConfig(
+            max_length=self.max_length,
+            max_prompt_length=self.max_prompt_length,
+            truncation_mode=self.truncation_mode,
+        )
+
+    def _check_fields(self) -> None:
+        if self.remove_unused_columns:
+            raise UserError("remove_unused_columns: the collators need every column; leave it False")
+        _check(self.max_length >= 2, "max_length", self.max_length, "an integer of at least 2")
+        if self.max_prompt_length is not None:
+            allowed = 1 <= self.max_prompt_length < self.max_length
+            _check(allowed, "max_prompt_length", self.max_prompt_length, f"1 to {self.max_length - 1} (below max_length)")
+
+
+@dataclass
+class ReprSFTConfig(BaseConfig):
+    """Settings of :class:`~reprdpo.training.ReprSFTTrainer`."""
+
+    learning_rate: float = _help(2e-5, "The initial learning rate.")
+
+
+@dataclass
+class RewardModelConfig(BaseConfig):
+    """Settings of :func:`~reprdpo.training.train_reward_model`."""
+
+    learning_rate: float = _help(1e-5, "The initial learning rate.")
+    margin: float = _help(0.0, "m of the loss -log sigma(r_c - r_r - m).")
+
+
+@dataclass
+class ReprDPOConfig(BaseConfig):
+    """Settings of :class:`~reprdpo.training.ReprDPOTrainer`; names are TRL's where the meaning is the same.
+
+    Fields that default to None and are no option to switch off (beta, learning_rate, per_device_train_batch_size,
+    alpha, reward_margin) take the preset's value, or the library's default without one.
+
+    The modes: ``confidence_source="reward"`` is the method; ``"fixed"`` with ``fixed_confidence=1.0`` is DPO and with
+    1 - eps is conservative DPO.
+    """
+
+    preset: str | None = _help(None, 'Named settings for fields left unset: "paper" (arXiv 2503.10093, A.3).')
+    beta: float | None = _help(None, f"Strength of the pull to the reference (default {DEFAULTS['beta']}).")
+    learning_rate: float | None = _help(None, f"The initial learning rate (default {DEFAULTS['learning_rate']}).")
+    per_device_train_batch_size: int | None = _help(
+        None, f"Pairs per device and batch (default {DEFAULTS['per_device_train_batch_size']})."
+    )
+    loss_type: str = _help("sigmoid", "A loss of reprdpo.ops.preference_loss.")
+    precompute_ref_batch_size: int = _help(16, "Sequences a batch when reference log-probs are computed.")
+    reference_cache_dir: str | None = _help(
+        None, "Where reference log-probs are cached by content (default: OUTPUT_DIR/reference)."
+    )
+    confidence_source: Literal["reward", "fixed"] = _help("reward", "Where gamma comes from: the reward, or a number.")
+    fixed_confidence: float = _help(1.0, "gamma of confidence_source=fixed: 1 is DPO, 1 - eps is cDPO.")
+    alpha: float | str | None = _help(None, 'Steepness of gamma, or "auto" (default): the one fitted with the reward.')
+    squash: bool | None = _help(None, "gamma from squashed rewards; unset: as the reward was fitted.")
+    confidence_floor: float | None = _help(None, "Smallest gamma (default: none).")
+    confidence_reduce: Literal["batch"] | None = _help(None, '"batch": every pair takes the mean gamma of its batch.')
+    update_reward: bool = _help(True, "Update the reward once per optimizer step on the batch's own states.")
+    reward_learning_rate: float = _help(1e-3, "Learning rate of the reward's own Adam.")
+    reward_margin: float | None = _help(None, f"mu of Eq. 7 in the update (default {DEFAULTS['reward_margin']}).")
+    allow_reward_descendant: bool = _help(
+        False, "Accept a reward fitted on other weights of the same architecture (say, before supervised fine-tuning)."
+    )
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise UserError(f"preset: {self.preset!r} is none of {', '.join(sorted(PRESETS))}")
+        for name, value in (DEFAULTS | PRESETS.get(self.preset or "", {})).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self.alpha = _alpha(self.alpha)
+        super().__post_init__()
+
+    def _check_fields(self) -> None:
+        super()._check_fields()
+        for name in ("beta", "reward_learning_rate"):
+            value = getattr(self, name)
+            _check(math.isfinite(value) and value > 0, name, value, "a positive number")
+        _check(math.isfinite(self.reward_margin), "reward_margin", self.reward_margin, "a finite number")
+        _check(0 <= self.fixed_confidence <= 1, "fixed_confidence", self.fixed_confidence, "a number from 0 to 1")
+        if self.confidence_floor is not None:
+            _check(0 <= self.confidence_floor <= 1, "confidence_floor", self.confidence_floor, "a number from 0 to 1")
+        batch = self.precompute_ref_batch_size
+        _check(batch >= 1, "precompute_ref_batch_size", batch, "an integer of at least 1")
+
+
+@dataclass
+class OnlineDPOConfig(ReprDPOConfig):
+    """Settings of :class:`~reprdpo.training.OnlineDPOTrainer`."""
+
+    resample_steps: int | str | None = _help(
+        100, 'Optimizer steps between two draws of fresh pairs, or "epoch": when a round\'s pairs are used up.'
+    )
+
+    def _check_fields(self) -> None:
+        super()._check_fields()
+        if isinstance(self.resample_steps, str) and self.resample_steps.isdigit():
+            self.resample_steps = int(self.resample_steps)
+        steps = self.resample_steps
+        allowed = steps == "epoch" or (isinstance(steps, int) and steps >= 1)
+        _check(allowed, "resample_steps", steps, 'an integer of at least 1, or "epoch"')
+        _check(self.max_steps > 0, "max_steps", self.max_steps, "the number of steps: online data has no length")
+
+
+def _check(allowed: bool, name: str, value: Any, expected: str) -> None:
+    if not allowed:
+        raise UserError(f"{name}: got {value!r}, expected {expected}")
+
+
+def _alpha(value: Any) -> float | str:
+    if value == "auto":
+        return "auto"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    _check(math.isfinite(number) and number > 0, "alpha", value, 'a positive number or "auto"')
+    return number

@@ -1,0 +1,140 @@
+"""What a training run logs: windowed means kept on the device, the distribution of gamma, and metrics.jsonl.
+
+Shape suffixes: K metrics, P pairs, W processes.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from reprdpo import files
+
+METRICS_FILE = "metrics.jsonl"
+HISTOGRAM_FILE = "confidence_histogram.json"
+
+
+class MetricWindow:
+    """Means over all pairs since the last :meth:`drain`; nothing leaves the device before.
+
+    ``spread`` names the one metric whose std, min and max are reported beside its mean, as ``<prefix>/mean`` etc.
+    """
+
+    def __init__(self, spread: str | None = None) -> None:
+        self._spread = spread
+        self._names: list[str] = []
+        self._sums_K: Tensor | None = None
+        self._limits_2: Tensor | None = None
+
+    def add(self, values: Mapping[str, Tensor], num_pairs: int) -> None:
+        """Add a batch: one value a pair ([P] float32), or a scalar that already is the mean over the pairs."""
+        rows = [value.detach().float().expand(num_pairs) for value in values.values()]
+        rows.append(rows[0].new_ones(num_pairs))
+        if self._spread is not None:
+            rows.append(values[self._spread].detach().float().square())
+            low, high = torch.aminmax(values[self._spread].detach().float())
+            limits_2 = torch.stack([-low, high])
+            self._limits_2 = limits_2 if self._limits_2 is None else torch.maximum(self._limits_2, limits_2)
+        sums_K = torch.stack(rows).sum(dim=1)
+        self._names = list(values)
+        self._sums_K = sums_K if self._sums_K is None else self._sums_K + sums_K
+
+    def drain(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The means since the last call, over all processes (``gather``: [1, K] -> [W, K]); the one synchronisation."""
+        if self._sums_K is None:
+            return {}
+        parts = [self._sums_K] if self._limits_2 is None else [self._sums_K, self._limits_2]
+        table_WK = gather(torch.cat(parts)[None]).double().cpu()
+        sums = table_WK.sum(dim=0).tolist()
+        names, count = self._names, sums[len(self._names)]
+        result = {name: sums[k] / count for k, name in enumerate(names)}
+        if self._spread is not None:
+            prefix, mean = self._spread.rsplit("/", 1)[0], result[self._spread]
+            square = sums[len(names) + 1] / count
+            minus_low, high = table_WK[:, -2:].amax(dim=0).tolist()
+            # in this order max() lets a NaN through
+            deviation = max(square - mean * mean, 0.0) ** 0.5
+            result |= {f"{prefix}/std": deviation, f"{prefix}/min": -minus_low, f"{prefix}/max": high}
+        self._sums_K = self._limits_2 = None
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"names": self._names, "sums": self._sums_K, "limits": self._limits_2}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._names = list(state["names"])
+        self._sums_K, self._limits_2 = (
+            None if state[key] is None else state[key].to(device) for key in ("sums", "limits")
+        )
+
+
+class ConfidenceHistogram:
+    """gamma of the first and of the latest ``capacity`` pairs, kept on the device, binned when it is written."""
+
+    def __init__(self, capacity: int = 256, bins: int = 20) -> None:
+        self._capacity, self._bins, self._seen = capacity, bins, 0
+        self._first: Tensor | None = None
+        self._latest: Tensor | None = None
+
+    def add(self, gamma_P: Tensor) -> None:
+        gamma_P = gamma_P.detach().float()[-self._capacity :]
+        if self._first is None or self._latest is None:
+            self._first, self._latest = (gamma_P.new_zeros(self._capacity) for _ in range(2))
+        num_pairs, room = len(gamma_P), self._capacity - self._seen
+        if room > 0:
+            self._first[self._seen : self._seen + num_pairs] = gamma_P[:room]
+        start = self._seen % self._capacity
+        before_end = min(num_pairs, self._capacity - start)
+        self._latest[start : start + before_end] = gamma_P[:before_end]
+        self._latest[: num_pairs - before_end] = gamma_P[before_end:]
+        self._seen += num_pairs
+
+    def to_json(self) -> dict[str, list[float]]:
+        """``{"edges": [bins + 1], "initial": [bins] counts, "final": [bins] counts}``."""
+        edges = [k / self._bins for k in range(self._bins + 1)]
+        return {"edges": edges, "initial": self._count(self._first), "final": self._count(self._latest)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self._seen, "first": self._first, "latest": self._latest}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._seen = state["seen"]
+        self._first, self._latest = (
+            None if state[key] is None else state[key].to(device) for key in ("first", "latest")
+        )
+
+    def _count(self, gamma: Tensor | None) -> list[float]:
+        if gamma is None:
+            return [0] * self._bins
+        held = gamma[: min(self._seen, self._capacity)].cpu()
+        return torch.histc(held[held.isfinite()], self._bins, 0.0, 1.0).int().tolist()
+
+
+class MetricsFile(TrainerCallback):
+    """Append every log to ``OUTPUT_DIR/metrics.jsonl``; lines past the checkpoint resumed from are dropped first."""
+
+    def __init__(self) -> None:
+        self._writer: files.JsonlWriter | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir) / METRICS_FILE
+        kept = [line for _, line in files.read_jsonl(path) if line["step"] <= state.global_step] if path.exists() else []
+        if state.global_step == 0:
+            kept = []
+        files.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        self._writer = files.JsonlWriter(path)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self._writer is not None and logs is not None and "train_runtime" not in logs:
+            self._writer.write({"step": state.global_step, **logs})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

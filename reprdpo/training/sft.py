@@ -1,0 +1,87 @@
+"""Supervised fine-tuning on prompt and response: the loss is over the response's tokens only, without logits."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from reprdpo import models, ops
+from reprdpo.data import ResponseCollator
+from reprdpo.reward import HiddenStateTap
+from reprdpo.training.base import BaseTrainer, padding_id
+from reprdpo.training.config import ReprSFTConfig
+
+
+class ReprSFTTrainer(BaseTrainer):
+    """Minimise the mean negative log-probability of the response tokens.
+
+    The mean is over all tokens of an optimizer step: a long response in one of several accumulated batches weighs by
+    its length, as it would in one large batch.
+
+    Args:
+        train_dataset, eval_dataset: columns ``input_ids`` and ``response_start``
+            (:func:`reprdpo.data.tokenize_response`).
+    """
+
+    args: ReprSFTConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: ReprSFTConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=ResponseCollator(padding_id(processing_class, model)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            **kwargs,
+        )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], int]:
+        """The batches of one optimizer step and, counted on the host, how many tokens they score."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        return batches, sum(batch["scored_index"].numel() for batch in batches)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
+    ) -> Any:
+        """Token mean over the optimizer step in training, over the batch in evaluation."""
+        with HiddenStateTap(model) as tap:
+            model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                logits_to_keep=1,
+                use_cache=False,
+            )
+        head = models.head_spec(model)
+        logps = ops.linear_logprob(
+            tap.states[-1],
+            head.weight,
+            inputs["labels"],
+            bias=head.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            scored_index=inputs["scored_index"],
+        )
+        loss = -logps.sum() / max(inputs["scored_index"].numel(), 1)
+        if model.training and num_items_in_batch:
+            # training_step divides by the accumulation steps; undone here, as the mean is over tokens.
+            share = inputs["scored_index"].numel() / num_items_in_batch
+            loss = loss * (share * self.current_gradient_accumulation_steps)
+        return (loss, {"loss": loss}) if return_outputs else loss

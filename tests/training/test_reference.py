@@ -1,0 +1,82 @@
+"""Reference log-probs equal log_softmax in float64, are cached by content, and go on after a kill."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from reprdpo.training import reference, reference_logps
+
+
+def oracle(model: Any, ids: list[int], start: int) -> float:
+    logits = model.double()(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(logits[position - 1, ids[position]].item() for position in range(start, len(ids)))
+
+
+@torch.no_grad()
+def test_equal_to_log_softmax(make_model: Callable[..., Any], pairs: Dataset) -> None:
+    got = reference_logps(make_model(), pairs, pad_token_id=2, batch_size=3, progress=False)
+    model = make_model()
+    for row in got:
+        for side in ("chosen", "rejected"):
+            expected = oracle(model, row[f"{side}_input_ids"], row[f"{side}_response_start"])
+            assert row[f"ref_{side}_logps"] == pytest.approx(expected, abs=2e-5)
+
+
+def forbid(*args: Any) -> None:
+    raise AssertionError("the model ran again")
+
+
+def test_found_again_by_content(
+    make_model: Callable[..., Any], pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"pad_token_id": 0, "cache_dir": tmp_path, "progress": False}
+    first = reference_logps(make_model(), pairs, **settings)
+    monkeypatch.setattr(reference, "batch_logps", forbid)
+    again = reference_logps(make_model(), pairs, **settings, batch_size=2)
+    assert again["ref_chosen_logps"] == first["ref_chosen_logps"]
+    other_model = make_model()
+    with torch.no_grad():
+        other_model.lm_head.weight[0, 0] += 1
+    moved = pairs.map(lambda row: {"rejected_response_start": row["rejected_response_start"] + 1})
+    for changed in ((other_model, pairs, {}), (make_model(), moved, {}), (make_model(), pairs, torch.bfloat16)):
+        model, data, dtype = changed
+        with pytest.raises(AssertionError, match="ran again"):
+            reference_logps(model, data, **settings, autocast_dtype=dtype or None)
+
+
+def test_a_kill_loses_one_chunk(
+    make_model: Callable[..., Any], pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_CHUNK_TOKENS", 30)
+    settings = {"pad_token_id": 0, "batch_size": 2, "progress": False}
+    whole = reference_logps(make_model(), pairs, **settings)
+    real, calls = reference.batch_logps, []
+
+    def counted(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(reference, "batch_logps", counted)
+    with pytest.raises(KeyboardInterrupt):
+        reference_logps(make_model(), pairs, **settings, cache_dir=tmp_path)
+    resumed = reference_logps(make_model(), pairs, **settings, cache_dir=tmp_path)
+    assert len(calls) < 10 + 14 - 5
+    assert resumed["ref_rejected_logps"] == whole["ref_rejected_logps"]
+    assert not list(tmp_path.rglob("chunk-*"))
+
+
+def test_model_comes_back_in_its_mode(make_model: Callable[..., Any], pairs: Dataset) -> None:
+    model = make_model().train()
+    reference_logps(model, pairs, pad_token_id=0, progress=False)
+    assert model.training
+
+
+def test_no_rows(make_model: Callable[..., Any], pairs: Dataset) -> None:
+    got = reference_logps(make_model(), pairs.select([]), pad_token_id=0, progress=False)
+    assert got.column_names[-2:] == ["ref_chosen_logps", "ref_rejected_logps"]

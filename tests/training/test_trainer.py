@@ -1,0 +1,268 @@
+"""The trainer against the formulas: step 0, the modes, accumulation, resuming, what is logged."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor
+
+from reprdpo.data import PreferenceCollator
+from reprdpo.errors import UserError
+from reprdpo.files import read_json, read_jsonl
+from reprdpo.reward import HybridReward
+from reprdpo.training import ReprDPOTrainer, last_checkpoint
+
+Make = Callable[..., Any]
+
+DPO_METRICS = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"}
+DPO_METRICS |= {"logps/chosen", "logps/rejected"}
+HYBRID_METRICS = {f"hybrid/{name}" for name in ("chosen", "rejected", "accuracies", "margins", "nll")}
+HYBRID_METRICS |= {f"confidence/{name}" for name in ("mean", "std", "min", "max")}
+
+
+def logged(output_dir: str | Path) -> list[dict[str, Any]]:
+    return [line for _, line in read_jsonl(Path(output_dir) / "metrics.jsonl")]
+
+
+def parameters(module: torch.nn.Module) -> list[Tensor]:
+    return [value.detach().clone() for value in module.state_dict().values()]
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.3, None])
+def test_step_0_costs_log_2(make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset, gamma: Any) -> None:
+    """Policy and reference are the same, whatever the confidence."""
+    source = {"confidence_source": "reward"} if gamma is None else {"fixed_confidence": gamma}
+    settings = {"confidence_source": "fixed", **source, "beta": 0.1, "max_steps": 1}
+    reward = make_reward() if gamma is None else None
+    model = make_model(attention_dropout=0.5)
+    trainer = ReprDPOTrainer(model, make_config(**settings), train_dataset=pairs, reward=reward)
+    trainer.train()
+    assert logged(trainer.args.output_dir)[0]["loss"] == pytest.approx(math.log(2), abs=0.1 * 1e-4)
+
+
+def manual_step(model: Any, batch: dict[str, Tensor], ref: tuple[Tensor, Tensor], gamma: Any, beta: float) -> Tensor:
+    """Eq. 5 by log_softmax over whole logits."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
+    scored = batch["labels"] != -100
+    tokens = logits.gather(-1, batch["labels"].clamp(min=0)[..., None])[..., 0]
+    chosen, rejected = (tokens * scored).sum(1).chunk(2)
+    delta = beta * ((chosen - ref[0]) - (rejected - ref[1]))
+    return (-gamma * F.logsigmoid(delta) - (1 - gamma) * F.logsigmoid(-delta)).mean()
+
+
+@pytest.mark.parametrize("source", ["fixed", "reward"])
+def test_updates_are_those_of_the_formula(
+    make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset, source: str
+) -> None:
+    """Three SGD steps on the whole data: the policy follows Eq. 5 under Eq. 8, and the reward Eq. 7, one step behind."""
+    beta, rate = 0.5, 0.05
+    settings = {"beta": beta, "confidence_source": source, "fixed_confidence": 0.8, "learning_rate": rate}
+    plain = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 3}
+    config = make_config(per_device_train_batch_size=len(pairs), **settings, **plain)
+    reward = make_reward()
+    trainer = ReprDPOTrainer(make_model(), config, train_dataset=pairs, reward=reward)
+    rows = list(trainer.train_dataset)
+    trainer.train()
+
+    model, follower = make_model(), make_reward()
+    batch = PreferenceCollator(0)(rows)
+    ref = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    adam = torch.optim.Adam(follower.parameters(), lr=config.reward_learning_rate)
+    where = torch.arange(2 * len(pairs)), batch["last_token_index"]
+    for line in logged(config.output_dir):
+        with torch.no_grad():
+            masked = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+            states = model(**masked, output_hidden_states=True).hidden_states[1:]
+        chosen, rejected = follower(torch.stack([layer[where] for layer in states], dim=1)).reward.chunk(2)
+        gamma = torch.sigmoid(follower.alpha * (chosen - rejected)).detach() if source == "reward" else 0.8
+        loss = manual_step(model, batch, ref, gamma, beta)
+        assert line["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert line["hybrid/margins"] == pytest.approx((chosen - rejected).mean().item(), abs=1e-4)
+        for step, objective in ((optimizer, loss), (adam, -F.logsigmoid(chosen - rejected - 1.0).mean())):
+            step.zero_grad()
+            objective.backward()
+            step.step()
+    for got, expected in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(got, expected, atol=1e-5)
+    for got, expected in zip(reward.parameters(), follower.parameters(), strict=True):
+        assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_accumulating_equals_the_larger_batch(
+    make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset, tmp_path: Path
+) -> None:
+    """Policy and reward alike: the reward is updated once an optimizer step, on all its pairs."""
+    ends = []
+    for name, size, accumulate in (("large", 4, 1), ("small", 2, 2)):
+        reward = make_reward()
+        config = make_config(
+            output_dir=str(tmp_path / name),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulate,
+            max_steps=3,
+            optim="sgd",
+        )
+        trainer = ReprDPOTrainer(make_model(), config, train_dataset=pairs, reward=reward)
+        trainer.train()
+        ends.append((parameters(trainer.model), parameters(reward), logged(config.output_dir)))
+    for large, small in zip(*(end[0] + end[1] for end in ends), strict=True):
+        assert torch.allclose(large, small, atol=1e-5)
+    for large, small in zip(ends[0][2], ends[1][2], strict=True):
+        assert small == pytest.approx({**large, "epoch": small["epoch"]}, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("saved", "settings"),
+    [
+        (3, {}),
+        (3, {"logging_steps": 2}),
+        (4, {"per_device_train_batch_size": 7, "gradient_accumulation_steps": 1}),
+        (2, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 3}),
+        (3, {"confidence_source": "fixed", "disable_dropout": False}),
+    ],
+)
+def test_resuming_changes_no_bit(
+    make_model: Make,
+    make_reward: Make,
+    make_config: Make,
+    pairs: Dataset,
+    tmp_path: Path,
+    saved: int,
+    settings: dict[str, Any],
+) -> None:
+    """A killed run resumed by new objects logs the same lines and ends with the same weights, reward and Adam state."""
+
+    def build(name: str) -> tuple[ReprDPOTrainer, HybridReward]:
+        reward = make_reward()
+        config = make_config(
+            output_dir=str(tmp_path / name), max_steps=6, save_strategy="steps", save_steps=saved, **settings
+        )
+        return ReprDPOTrainer(make_model(attention_dropout=0.3), config, train_dataset=pairs, reward=reward), reward
+
+    straight, straight_reward = build("straight")
+    straight.train()
+
+    killed, _ = build("killed")
+    original = killed.training_step
+
+    def training_step(*args: Any) -> Tensor:
+        if killed.state.global_step == 5:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    killed.training_step = training_step
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    torch.rand(11)
+    resumed, resumed_reward = build("killed")
+    resumed.train(resume_from_checkpoint=last_checkpoint(resumed.args.output_dir))
+
+    assert logged(tmp_path / "killed") == logged(tmp_path / "straight")
+    for got, expected in zip(parameters(resumed.model), parameters(straight.model), strict=True):
+        assert torch.equal(got, expected)
+    for got, expected in zip(parameters(resumed_reward), parameters(straight_reward), strict=True):
+        assert torch.equal(got, expected)
+    histogram = "confidence_histogram.json"
+    if resumed.args.confidence_source == "reward":
+        assert read_json(tmp_path / "killed" / histogram) == read_json(tmp_path / "straight" / histogram)
+
+
+def test_resuming_without_a_whole_checkpoint_is_told(make_model: Make, make_config: Make, pairs: Dataset) -> None:
+    config = make_config(confidence_source="fixed")
+    trainer = ReprDPOTrainer(make_model(), config, train_dataset=pairs)
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    torn = Path(config.output_dir) / "checkpoint-2"
+    torn.mkdir(parents=True)
+    with pytest.raises(UserError, match="checkpoint-2"):
+        trainer.train(resume_from_checkpoint=str(torn))
+
+
+def test_what_is_logged(make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset, tmp_path: Path) -> None:
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    config = make_config(output_dir=str(tmp_path / "hybrid"), **evaluated)
+    data = {"train_dataset": pairs, "eval_dataset": pairs.select(range(5))}
+    ReprDPOTrainer(make_model(), config, reward=make_reward(), **data).train()
+    steps = logged(config.output_dir)
+    assert [line["step"] for line in steps] == [1, 2, 2]
+    assert set(steps[0]) >= {"loss", "grad_norm", "learning_rate"} | DPO_METRICS | HYBRID_METRICS
+    assert {f"eval_{name}" for name in {"loss"} | DPO_METRICS | HYBRID_METRICS} <= set(steps[2])
+    counts = read_json(tmp_path / "hybrid" / "confidence_histogram.json")
+    assert (sum(counts["initial"]), sum(counts["final"]), len(counts["edges"])) == (8, 8, 21)
+
+    config = make_config(output_dir=str(tmp_path / "dpo"), confidence_source="fixed", **evaluated)
+    ReprDPOTrainer(make_model(), config, **data).train()
+    names = set().union(*logged(config.output_dir))
+    assert names >= DPO_METRICS
+    assert not any("hybrid/" in name or "confidence/" in name for name in names)
+
+
+def test_evaluation_moves_neither_policy_nor_reward(
+    make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset
+) -> None:
+    reward = make_reward()
+    trainer = ReprDPOTrainer(make_model(), make_config(), eval_dataset=pairs, reward=reward)
+    before = parameters(trainer.model) + parameters(reward)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert all(map(torch.equal, before, parameters(trainer.model) + parameters(reward)))
+
+
+def test_a_frozen_reward_stays(make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset) -> None:
+    reward = make_reward()
+    before = parameters(reward)
+    config = make_config(update_reward=False, alpha=3.0)
+    ReprDPOTrainer(make_model(), config, train_dataset=pairs, reward=reward).train()
+    assert all(map(torch.equal, before, parameters(reward)))
+
+
+def test_checkpointing_activations_changes_nothing(
+    make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset, tmp_path: Path
+) -> None:
+    lines = []
+    for name, settings in (
+        ("plain", {}),
+        ("checkpointed", {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}),
+    ):
+        config = make_config(output_dir=str(tmp_path / name), **settings)
+        ReprDPOTrainer(make_model(), config, train_dataset=pairs, reward=make_reward()).train()
+        lines.append(logged(config.output_dir))
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16(make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset, autocast: bool) -> None:
+    model = make_model() if autocast else make_model().to(torch.bfloat16)
+    config = make_config(bf16=autocast, allow_reward_descendant=True, per_device_train_batch_size=len(pairs))
+    ReprDPOTrainer(model, config, train_dataset=pairs, reward=make_reward()).train()
+    lines = logged(config.output_dir)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=0.02)
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+
+def test_the_saved_reward_is_the_trained_one_and_nothing_is_pickled_beside_it(
+    make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset, tmp_path: Path
+) -> None:
+    reward = make_reward()
+    trainer = ReprDPOTrainer(make_model(), make_config(), train_dataset=pairs, reward=reward)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    again = HybridReward.from_pretrained(tmp_path / "model" / "reward")
+    assert all(map(torch.equal, parameters(reward), parameters(again)))
+    assert not list((tmp_path / "model").rglob("*.bin"))
+    assert json.loads((tmp_path / "model" / "training_args.json").read_text())["beta"] == 0.1
+
+
+def test_mistakes(make_model: Make, make_config: Make, pairs: Dataset) -> None:
+    with pytest.raises(UserError, match="confidence_source"):
+        ReprDPOTrainer(make_model(), make_config(), train_dataset=pairs)
+    text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(UserError, match="processing_class"):
+        ReprDPOTrainer(make_model(), make_config(confidence_source="fixed"), train_dataset=text)
