@@ -70,7 +70,7 @@ def check_finite_scalar(
     """``TypeError`` unless ``value`` is a number, ``ValueError`` unless it is finite and in ``[minimum, maximum]``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced where torch.compile made the number symbolic
         raise ValueError(f"{name} must be finite, not {value}")
     if positive and value <= 0:
         raise ValueError(f"{name} must be greater than 0, not {value}")

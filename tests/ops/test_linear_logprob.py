@@ -156,7 +156,7 @@ def test_logits_alive_stay_within_the_budget(dtype, entropy, softcap):
         out = forward_tiles(
             hidden, head, labels, None, ignore_index=-100, entropy=entropy, stats=True, max_tile_bytes=budget
         )
-    assert budget / 2 < live.peak <= budget + small
+    assert budget / 3 < live.peak <= budget + small
     grad = torch.ones(rows)
     with LiveBytes(hidden, weight) as live:
         backward_tiles(
@@ -174,7 +174,7 @@ def test_logits_alive_stay_within_the_budget(dtype, entropy, softcap):
             weight_grad=True,
             bias_grad=False,
         )
-    assert budget / 2 < live.peak <= budget + small
+    assert budget / 3 < live.peak <= budget + small
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -290,6 +290,19 @@ def test_autocast_casts_hidden_and_weight_alone():
     assert (logp - exact).abs().max() < 1e-5
 
 
+def test_float32_means_float32_whatever_the_global_precision():
+    hidden, weight, labels, _ = make(40, 512, 256, torch.float32)
+    before = linear_logprob(hidden, weight, labels)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        after = linear_logprob(hidden, weight, labels)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(after, before)
+
+
 def test_mixed_dtypes_take_the_half_precision_one():
     hidden, weight, labels, _ = make(dtype=torch.float32)
     mixed = linear_logprob(hidden.bfloat16(), weight, labels)
@@ -366,6 +379,18 @@ def test_opcheck(extras):
         ),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def test_compiles_whole_with_dynamic_shapes_and_numbers():
+    def step(hidden, weight, labels, temperature):
+        return linear_logprob(hidden, weight, labels, temperature=temperature).sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows, temperature in ((5, 0.7), (9, 1.3)):
+        hidden, weight, labels, _ = make(rows)
+        ours, plain = compiled(hidden, weight, labels, temperature), step(hidden, weight, labels, temperature)
+        torch.testing.assert_close(ours, plain)
+        torch.testing.assert_close(gradients(ours, hidden, weight), gradients(plain, hidden, weight))
 
 
 def test_compiles_whole():
