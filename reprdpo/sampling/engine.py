@@ -183,7 +183,8 @@ class TransformersEngine:
                 text = text[len(before) :]
             else:
                 text = self.tokenizer.decode(body, skip_special_tokens=True)
-            decoded.append(Response(text, truncated=not ended))
+            # A text cut amid a character's bytes ends in replacement marks, which the model never said.
+            decoded.append(Response(text if ended else text.rstrip("\ufffd"), truncated=not ended))
         return decoded
 
     @torch.inference_mode()

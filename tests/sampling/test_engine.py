@@ -43,7 +43,7 @@ def test_streams_extend(engine):
     for number, responses in drawn(engine).items():
         assert responses[:2] == fewer[number]
         for long, short in zip(responses, shorter[number], strict=True):
-            assert long.text.startswith(short.text.rstrip("\ufffd"))
+            assert long.text.startswith(short.text)
 
 
 def test_streams_differ(engine):
@@ -70,7 +70,9 @@ def test_greedy_is_transformers_greedy(engine, tokenizer):
     for prompt, responses in zip(PROMPTS, drawn(engine, config=config).values(), strict=True):
         inputs = tokenizer(prompt, return_tensors="pt")
         ids = engine.model.generate(**inputs, max_new_tokens=10, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        assert [response.text for response in responses] == [tokenizer.decode(ids, skip_special_tokens=True)] * 2
+        assert [response.text.rstrip("\ufffd") for response in responses] == [
+            tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
+        ] * 2
         assert responses[0].truncated == (tokenizer.eos_token_id not in ids.tolist())
 
 
@@ -88,8 +90,10 @@ def test_cached_sampling_is_uncached_sampling(engine, model, tokenizer):
                 ids.append(int(pick_tokens(logits, torch.tensor([uniform]), CONFIG)))
                 if ids[-1] == tokenizer.eos_token_id:
                     break
-            assert found[number][copy].text == tokenizer.decode(ids[start:], skip_special_tokens=True)
-            assert found[number][copy].truncated == (ids[-1] != tokenizer.eos_token_id)
+            text = tokenizer.decode(ids[start:], skip_special_tokens=True)
+            ended = ids[-1] == tokenizer.eos_token_id
+            assert found[number][copy].text == (text if ended else text.rstrip("\ufffd"))
+            assert found[number][copy].truncated == (not ended)
 
 
 def test_truncated_marks_what_had_no_end(make_model, tokenizer):
@@ -133,7 +137,8 @@ def test_sliding_window_layers(make_model, tokenizer):
                 ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
             if ids[-1] == 1:
                 break
-        assert batched[number][0].text == tokenizer.decode(ids[start:], skip_special_tokens=True)
+        text = tokenizer.decode(ids[start:], skip_special_tokens=True)
+        assert batched[number][0].text.rstrip("\ufffd") == text.rstrip("\ufffd")
 
 
 def test_chat_prompts_go_through_the_template(engine, tokenizer):
