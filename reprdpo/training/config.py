@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from reprdpo.data import TokenizeConfig
 from reprdpo.errors import UserError
+from reprdpo.ops.reference import PAIR_LOSSES
 from reprdpo.training.presets import DEFAULTS, PRESETS
 
 
@@ -85,7 +86,7 @@ class ReprDPOConfig(BaseConfig):
     per_device_train_batch_size: int | None = _help(
         None, f"Pairs per device and batch (default {DEFAULTS['per_device_train_batch_size']})."
     )
-    loss_type: str = _help("sigmoid", "A loss of reprdpo.ops.preference_loss.")
+    loss_type: str = _help("sigmoid", f"The pair loss: {', '.join(PAIR_LOSSES)} (reprdpo.ops.preference_loss).")
     precompute_ref_batch_size: int = _help(16, "Sequences a batch when reference log-probs are computed.")
     reference_cache_dir: str | None = _help(
         None, "Where reference log-probs are cached by content (default: OUTPUT_DIR/reference)."
@@ -114,6 +115,10 @@ class ReprDPOConfig(BaseConfig):
 
     def _check_fields(self) -> None:
         super()._check_fields()
+        _check(self.loss_type in PAIR_LOSSES, "loss_type", self.loss_type, f"one of {', '.join(PAIR_LOSSES)}")
+        if self.loss_type == "robust":
+            noise_known = self.confidence_source == "fixed" and self.fixed_confidence > 0.5
+            _check(noise_known, "loss_type", "robust", "a fixed confidence over 0.5 with it")
         for name in ("beta", "reward_learning_rate"):
             value = getattr(self, name)
             _check(math.isfinite(value) and value > 0, name, value, "a positive number")
