@@ -14,8 +14,8 @@ def loaded() -> bool:
 
 
 def status() -> str:
-    """The library's path, or the reason it is not loaded."""
-    return _load() or str(_LIBRARY)
+    """The library's path and the instruction set it uses here, or the reason it is not loaded."""
+    return _load() or f"{_LIBRARY} ({torch.ops.reprdpo_native.cpu_capability()})"
 
 
 @functools.cache

@@ -98,16 +98,17 @@ def _check_parameters(
             f"hidden_states holds {L} layers, probe_weight {L - 1}: leave the embedding output out "
             "(transformers' hidden_states[1:])"
         )
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...], str]] = {
+    expected: dict[str, tuple[Any, tuple[int, ...], str]] = {
         "probe_weight": (probe_weight, (L, D), "[L, D]"),
         "probe_bias": (probe_bias, (L,), "[L]"),
         "gate_weight": (gate_weight, (L, L) if gate == "vote" else (L, D), "[L, L]" if gate == "vote" else "[L, D]"),
         "gate_bias": (gate_bias, (L,), "[L]"),
     }
     for name, (tensor, shape, meaning) in expected.items():
-        if tensor is not None:
-            checks.check_float_dtype(name, tensor)
-            checks.check_shape(name, tensor, shape, meaning=meaning)
+        if name == "gate_weight" and tensor is None:
+            continue
+        checks.check_float_dtype(name, tensor)
+        checks.check_shape(name, tensor, shape, meaning=meaning)
     parameters = {name: tensor for name, (tensor, _, _) in expected.items()}
     checks.check_same_dtype(**parameters)
     checks.check_same_device(hidden_states=hidden, **parameters)

@@ -95,19 +95,19 @@ class HybridReward(nn.Module):
         ``base``, the model the states are of, is named in the metadata, and :meth:`check_base` will ask for it.
         """
         config = config or RewardFitConfig()
+        source = {} if base is None else _describe(base)
+        sizes = {"num_layers": chosen.shape[1], "hidden_size": chosen.shape[-1]}
+        if base is not None and source | sizes != source:
+            raise UserError(
+                f"states {list(chosen.shape)} do not fit the base model's {source['num_layers']} layers of size "
+                f"{source['hidden_size']}; give the outputs of its decoder layers, without the embeddings"
+            )
         parameters, report = fit_parameters(
             chosen, rejected, config, groups=groups, chosen_is_safe=chosen_is_safe, rejected_is_safe=rejected_is_safe
         )
         summary = {name: getattr(report, name) for name in _SUMMARY}
         summary |= {"ece": report.calibration.ece, "confidence_nll": report.calibration.nll}
-        metadata = RewardMetadata(
-            num_layers=report.num_layers,
-            hidden_size=report.hidden_size,
-            pool=config.pool,
-            margin=config.margin,
-            fit=summary,
-            **({} if base is None else _describe(base)),
-        )
+        metadata = RewardMetadata(pool=config.pool, margin=config.margin, fit=summary, **(source | sizes))
         reward = cls(*parameters, gate=config.gate, alpha=report.alpha, squash=config.squash, metadata=metadata)
         return reward, report
 

@@ -42,8 +42,8 @@ class RewardUpdater:
         else:
             hidden_states = [states.detach() for states in hidden_states]
         with torch.enable_grad():
-            rewards = self.reward(hidden_states, index).reward
-        return self.step_on_rewards(*rewards.chunk(2))
+            chosen_reward, rejected_reward = self.reward(hidden_states, index).reward.chunk(2)
+        return self.step_on_rewards(chosen_reward, rejected_reward)
 
     def step_on_rewards(self, chosen_reward: Tensor, rejected_reward: Tensor) -> Tensor:
         """One step from rewards [P] whose graph leads to the reward's parameters; no other gradient is touched.

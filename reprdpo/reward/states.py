@@ -133,10 +133,9 @@ def _pad(sequences: Iterable[list[int]], pad_token_id: int, side: str) -> tuple[
 def _column(rows: Dataset | Sequence[dict[str, Any]], name: str) -> list[list[int]]:
     if not len(rows):
         raise UserError("no rows to read hidden states from")
-    try:
-        sequences = list(rows[name]) if isinstance(rows, Dataset) else [row[name] for row in rows]
-    except KeyError:
-        raise UserError(f"rows have no column {name}; tokenise them first") from None
+    if name not in (rows.column_names if isinstance(rows, Dataset) else rows[0]):
+        raise UserError(f"rows have no column {name}; tokenise them first")
+    sequences = list(rows[name]) if isinstance(rows, Dataset) else [row[name] for row in rows]
     if empty := [i for i, tokens in enumerate(sequences) if not len(tokens)]:
         raise UserError(f"row {empty[0]}: {name} is empty; every row needs a token to read the state of")
     return sequences

@@ -1,0 +1,91 @@
+"""The native library as it is built and loaded, and what the build says where it cannot."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from reprdpo.ops import native
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_native = pytest.mark.skipif(not native.loaded(), reason=f"native: {native.status()}")
+needs_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no source tree")
+
+
+@needs_native
+def test_status_names_the_file_and_the_instruction_set():
+    assert native.status().endswith(f"({torch.ops.reprdpo_native.cpu_capability()})")
+    assert torch.ops.reprdpo_native.cpu_capability() in ("portable", "avx2", "avx512")
+
+
+@needs_native
+@pytest.mark.parametrize("capability", ["portable"])
+def test_a_lower_instruction_set_gives_the_same_reward(capability):
+    program = (
+        "import torch; from reprdpo import ops; torch.manual_seed(0);"
+        "h, w, v = torch.randn(2, 3, 37).half(), *torch.randn(2, 3, 37);"
+        "r = ops.probe_reward(h, None, w, w[:, 0], v, v[:, 0]).reward;"
+        "print(torch.ops.reprdpo_native.cpu_capability(), *r.tolist())"
+    )
+    environment = {**os.environ, "REPRDPO_CPU_CAPABILITY": capability, "REPRDPO_BACKEND": "native"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    used, *rewards = done.stdout.split()
+    torch.manual_seed(0)
+    h, w, v = torch.randn(2, 3, 37).half(), *torch.randn(2, 3, 37)
+    here = torch.ops.reprdpo_native.probe_reward(
+        [h], None, w, w[:, 0].contiguous(), v, v[:, 0].contiguous(), "softmax", False
+    )
+    assert used in ("portable", capability)
+    torch.testing.assert_close(torch.tensor([float(r) for r in rewards]), here[0], rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({0: [torch.zeros(2, 5, 4)] * 2 + [torch.zeros(2, 5, 3)]}, "one dtype and one shape"),
+        ({0: [torch.zeros(2, 5, 4).double()] * 3}, "float32, bfloat16 or float16"),
+        ({0: []}, "at least one layer"),
+        ({1: torch.zeros(3, dtype=torch.int64)}, "index"),
+        ({1: torch.zeros(2, dtype=torch.int32)}, "index"),
+        ({2: torch.zeros(3, 5)}, "probe_weight"),
+        ({2: torch.zeros(4, 3).T}, "probe_weight"),
+        ({3: torch.zeros(2)}, "probe_bias"),
+        ({4: None}, "gate_weight"),
+        ({6: "mean"}, "gate must be"),
+    ],
+)
+def test_native_op_reads_no_memory_that_is_not_there(changes, words):
+    index = torch.zeros(2, dtype=torch.int64)
+    arguments = [[torch.zeros(2, 5, 4)] * 3, index, *torch.zeros(1, 3, 4), torch.zeros(3), torch.zeros(3, 4)]
+    arguments += [torch.zeros(3), "softmax", True]
+    for place, value in changes.items():
+        arguments[place] = value
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.reprdpo_native.probe_reward(*arguments)
+
+
+def setup_py(**variables):
+    environment = {"PATH": "", "HOME": os.environ.get("HOME", "/"), **variables}
+    command = [sys.executable, "setup.py", "--name"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@needs_source
+@pytest.mark.parametrize(
+    ("request_", "status", "words"),
+    [
+        ("auto", 0, "installing without the native library, on the reference backend: cmake is not on PATH"),
+        ("off", 0, "installing without the native library, on the reference backend: REPRDPO_NATIVE=off"),
+        ("on", 1, "REPRDPO_NATIVE=on, but the native library cannot be built: cmake is not on PATH"),
+        ("yes", 1, "REPRDPO_NATIVE must be auto, on or off, not 'yes'"),
+    ],
+)
+def test_setup_says_what_it_leaves_out(request_, status, words):
+    done = setup_py(REPRDPO_NATIVE=request_)
+    assert done.returncode == status, done.stderr
+    assert words in done.stderr
