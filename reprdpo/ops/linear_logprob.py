@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reprdpo.ops import backend, checks, reference
-from reprdpo.ops.reference import Head
+from reprdpo.ops.reference import Head, HeadGradients
 
 backend.declare("linear_logprob")
 
@@ -216,20 +216,25 @@ def forward_tiles(
 ) -> TokenOutputs:
     """One matmul over the scored rows, tile by tile."""
     out = empty_outputs(hidden_ND, entropy=entropy, stats=stats)
+    plan = plan_tiles(hidden_ND, head, entropy=entropy, max_tile_bytes=max_tile_bytes)
+
+    # A function, so that a tile's tensors are gone before the next tile's are made.
+    def run(index_n: Tensor) -> None:
+        hidden_nD, labels_n, ignored_n = _gather(hidden_ND, labels_N, index_n, ignore_index)
+        logits_nV = reference.head_logits(hidden_nD, head, block=plan.weight_block)
+        if stats:
+            hit_n = (logits_nV.argmax(1) == labels_n).to(logits_nV.dtype)
+            out.top1[index_n] = hit_n.masked_fill_(ignored_n, 0)
+            out.mean_logit[index_n] = logits_nV.mean(1).masked_fill_(ignored_n, 0)
+        tile = reference.token_logprob(logits_nV, labels_n, entropy=entropy)
+        out.logp[index_n] = tile.logp.masked_fill_(ignored_n, 0)
+        out.row_stats[:, index_n] = tile.row_stats
+        if tile.entropy is not None:
+            out.entropy[index_n] = tile.entropy.masked_fill_(ignored_n, 0)
+
     with torch.amp.autocast(hidden_ND.device.type, enabled=False):
-        plan = plan_tiles(hidden_ND, head, entropy=entropy, max_tile_bytes=max_tile_bytes)
         for index_n in _tile_rows(labels_N, scored_index, ignore_index, plan.rows):
-            hidden_nD, labels_n, ignored_n = _gather(hidden_ND, labels_N, index_n, ignore_index)
-            logits_nV = reference.head_logits(hidden_nD, head, block=plan.weight_block)
-            if stats:
-                hit_n = (logits_nV.argmax(1) == labels_n).to(logits_nV.dtype)
-                out.top1[index_n] = hit_n.masked_fill_(ignored_n, 0)
-                out.mean_logit[index_n] = logits_nV.mean(1).masked_fill_(ignored_n, 0)
-            tile = reference.token_logprob(logits_nV, labels_n, entropy=entropy)
-            out.logp[index_n] = tile.logp.masked_fill_(ignored_n, 0)
-            out.row_stats[:, index_n] = tile.row_stats
-            if tile.entropy is not None:
-                out.entropy[index_n] = tile.entropy.masked_fill_(ignored_n, 0)
+            run(index_n)
     return out
 
 
@@ -253,42 +258,40 @@ def backward_tiles(
 
     Weight and bias gradients are added up over the tiles in the compute dtype and rounded once.
     """
-    dtype = row_stats_3N.dtype
-    weight_VD, bias_V = head.weight, head.bias
+    dtype, weight_VD, bias_V = row_stats_3N.dtype, head.weight, head.bias
     hidden_grad_ND = torch.zeros_like(hidden_ND) if hidden_grad else hidden_ND.new_empty(0)
-    weight_grad_VD = torch.zeros_like(weight_VD, dtype=dtype) if weight_grad else None
-    bias_grad_V = torch.zeros_like(bias_V, dtype=dtype) if bias_grad and bias_V is not None else None
+    head_grads = HeadGradients(
+        torch.zeros_like(weight_VD, dtype=dtype) if weight_grad else None,
+        torch.zeros_like(bias_V, dtype=dtype) if bias_grad and bias_V is not None else None,
+    )
+    with_entropy = grad_entropy_N is not None
+    plan = plan_tiles(hidden_ND, head, entropy=with_entropy, max_tile_bytes=max_tile_bytes)
+
+    def run(index_n: Tensor) -> None:
+        hidden_nD, labels_n, ignored_n = _gather(hidden_ND, labels_N, index_n, ignore_index)
+        hidden_grad_nD = reference.linear_logprob_backward(
+            hidden_nD,
+            head,
+            labels_n,
+            row_stats_3N[:, index_n],
+            None if grad_logp_N is None else grad_logp_N[index_n].masked_fill_(ignored_n, 0),
+            head_grads,
+            hidden_grad=hidden_grad,
+            entropy_N=entropy_N[index_n] if with_entropy else None,
+            grad_entropy_N=None if grad_entropy_N is None else grad_entropy_N[index_n].masked_fill_(ignored_n, 0),
+            block=plan.weight_block,
+        )
+        if hidden_grad_nD is not None:
+            hidden_grad_ND[index_n] = hidden_grad_nD.to(hidden_ND.dtype)
+
     with torch.amp.autocast(hidden_ND.device.type, enabled=False):
-        with_entropy = grad_entropy_N is not None
-        plan = plan_tiles(hidden_ND, head, entropy=with_entropy, max_tile_bytes=max_tile_bytes)
         for index_n in _tile_rows(labels_N, scored_index, ignore_index, plan.rows):
-            hidden_nD, labels_n, ignored_n = _gather(hidden_ND, labels_N, index_n, ignore_index)
-            logits_nV = reference.head_logits(hidden_nD, head, block=plan.weight_block)
-            slope_nV = reference.softcap_slope(logits_nV, head)
-            grad_nV = reference.token_logprob_backward(
-                logits_nV,
-                labels_n,
-                row_stats_3N[:, index_n],
-                None if grad_logp_N is None else grad_logp_N[index_n].masked_fill_(ignored_n, 0),
-                entropy_N=entropy_N[index_n] if with_entropy else None,
-                grad_entropy_N=None if grad_entropy_N is None else grad_entropy_N[index_n].masked_fill_(ignored_n, 0),
-            )
-            hidden_grad_nD = reference.head_backward(
-                grad_nV,
-                slope_nV,
-                hidden_nD,
-                head,
-                hidden_grad=hidden_grad,
-                weight_grad_VD=weight_grad_VD,
-                bias_grad_V=bias_grad_V,
-                block=plan.weight_block,
-            )
-            if hidden_grad_nD is not None:
-                hidden_grad_ND[index_n] = hidden_grad_nD.to(hidden_ND.dtype)
+            run(index_n)
+    weight_out, bias_out = head_grads
     return (
         hidden_grad_ND,
-        weight_VD.new_empty(0) if weight_grad_VD is None else weight_grad_VD.to(weight_VD.dtype),
-        weight_VD.new_empty(0) if bias_grad_V is None or bias_V is None else bias_grad_V.to(bias_V.dtype),
+        weight_VD.new_empty(0) if weight_out is None else weight_out.to(weight_VD.dtype),
+        weight_VD.new_empty(0) if bias_out is None or bias_V is None else bias_out.to(bias_V.dtype),
     )
 
 

@@ -232,40 +232,6 @@ def head_logits(hidden_ND: Tensor, head: Head, *, block: int | None = None) -> T
     return logits_NV
 
 
-def head_backward(
-    grad_logits_NV: Tensor,
-    logits_slope_NV: Tensor | None,
-    hidden_ND: Tensor,
-    head: Head,
-    *,
-    hidden_grad: bool,
-    weight_grad_VD: Tensor | None,
-    bias_grad_V: Tensor | None,
-    block: int | None = None,
-) -> Tensor | None:
-    """Gradient of the hidden states; those of weight and bias are added to the accumulators given.
-
-    ``logits_slope_NV`` is ``1 - tanh^2`` under a softcap (:func:`softcap_slope`). Consumes ``grad_logits_NV``.
-    """
-    if logits_slope_NV is not None:
-        grad_logits_NV *= logits_slope_NV
-    if head.logit_scale != head.temperature:
-        grad_logits_NV *= head.logit_scale / head.temperature
-    if weight_grad_VD is not None:
-        weight_grad_VD.addmm_(grad_logits_NV.t(), hidden_ND.to(grad_logits_NV.dtype))
-    if bias_grad_V is not None:
-        bias_grad_V += grad_logits_NV.sum(0)
-    return _matmul_weight(grad_logits_NV, head.weight, block) if hidden_grad else None
-
-
-def softcap_slope(logits_NV: Tensor, head: Head) -> Tensor | None:
-    """``1 - t^2`` with t the tanh that made these logits; None without a softcap."""
-    if head.softcap is None:
-        return None
-    slope_NV = logits_NV * (head.temperature / head.softcap)
-    return slope_NV.square_().neg_().add_(1.0)
-
-
 def token_logprob(logits_NV: Tensor, labels_N: Tensor, *, entropy: bool = False) -> TokenLogprob:
     """``log p_y = -log1p(S_-y exp(m - z_y))``, m = max z, S_-y = sum over j != y of exp(z_j - m); consumes the logits.
 
@@ -334,6 +300,54 @@ def linear_logprob(hidden_ND: Tensor, head: Head, labels_N: Tensor, *, ignore_in
     return logp_n.new_zeros(labels_N.shape).index_copy_(0, scored_n, logp_n)
 
 
+class HeadGradients(NamedTuple):
+    """Accumulators, in the compute dtype, of the gradients of weight [V, D] and bias [V]; None where not asked."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def linear_logprob_backward(
+    hidden_ND: Tensor,
+    head: Head,
+    labels_N: Tensor,
+    row_stats_3N: Tensor,
+    grad_logp_N: Tensor | None,
+    head_grads: HeadGradients,
+    *,
+    hidden_grad: bool,
+    entropy_N: Tensor | None = None,
+    grad_entropy_N: Tensor | None = None,
+    block: int | None = None,
+) -> Tensor | None:
+    """``dH = dU W``, ``dW += dU^T H``, ``db += dU^T 1`` with ``dU = dZ (1 - t^2) logit_scale / temperature``.
+
+    dZ is :func:`token_logprob_backward`'s and t the softcap's tanh; no label may be ignored.
+    """
+    logits_NV = head_logits(hidden_ND, head, block=block)
+    slope_NV = _softcap_slope(logits_NV, head)
+    grad_NV = token_logprob_backward(
+        logits_NV, labels_N, row_stats_3N, grad_logp_N, entropy_N=entropy_N, grad_entropy_N=grad_entropy_N
+    )
+    if slope_NV is not None:
+        grad_NV *= slope_NV
+    if head.logit_scale != head.temperature:
+        grad_NV *= head.logit_scale / head.temperature
+    if head_grads.weight is not None:
+        head_grads.weight.addmm_(grad_NV.t(), hidden_ND.to(grad_NV.dtype))
+    if head_grads.bias is not None:
+        head_grads.bias.add_(grad_NV.sum(0))
+    return _matmul_weight(grad_NV, head.weight, block) if hidden_grad else None
+
+
+def _softcap_slope(logits_NV: Tensor, head: Head) -> Tensor | None:
+    """``1 - t^2`` with t the tanh that made these logits; None without a softcap."""
+    if head.softcap is None:
+        return None
+    slope_NV = logits_NV * (head.temperature / head.softcap)
+    return slope_NV.square_().neg_().add_(1.0)
+
+
 def _targets(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     vocabulary = logits_NV.shape[1]
     in_range_N = (labels_N >= 0) & (labels_N < vocabulary)
@@ -348,24 +362,23 @@ def _matmul_weight_t(hidden_ND: Tensor, weight_VD: Tensor, block: int | None) ->
         return torch.mm(hidden_ND, weight_VD.t(), out_dtype=dtype)
     logits_NV = hidden_ND.new_empty(hidden_ND.shape[0], weight_VD.shape[0], dtype=dtype)
     hidden_ND = hidden_ND.to(dtype)
-    for columns, weight_bD in _weight_blocks(weight_VD, dtype, block):
-        torch.mm(hidden_ND, weight_bD.t(), out=logits_NV[:, columns])
+    for columns in _weight_blocks(weight_VD, dtype, block):
+        torch.mm(hidden_ND, weight_VD[columns].to(dtype).t(), out=logits_NV[:, columns])
     return logits_NV
 
 
 def _matmul_weight(grad_NV: Tensor, weight_VD: Tensor, block: int | None) -> Tensor:
     hidden_grad_ND = grad_NV.new_zeros(grad_NV.shape[0], weight_VD.shape[1])
-    for columns, weight_bD in _weight_blocks(weight_VD, grad_NV.dtype, block):
-        hidden_grad_ND.addmm_(grad_NV[:, columns], weight_bD)
+    for columns in _weight_blocks(weight_VD, grad_NV.dtype, block):
+        hidden_grad_ND.addmm_(grad_NV[:, columns], weight_VD[columns].to(grad_NV.dtype))
     return hidden_grad_ND
 
 
-def _weight_blocks(weight_VD: Tensor, dtype: torch.dtype, block: int | None) -> Iterator[tuple[slice, Tensor]]:
+def _weight_blocks(weight_VD: Tensor, dtype: torch.dtype, block: int | None) -> Iterator[slice]:
     vocabulary = weight_VD.shape[0]
     step = vocabulary if block is None or weight_VD.dtype == dtype else block
     for start in range(0, vocabulary, step):
-        columns = slice(start, min(start + step, vocabulary))
-        yield columns, weight_VD[columns].to(dtype)
+        yield slice(start, min(start + step, vocabulary))
 
 
 # Sums over sequences
