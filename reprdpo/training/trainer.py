@@ -44,9 +44,9 @@ _COLUMNS = (
 class _Hybrid(NamedTuple):
     """R of a batch: rewards [P], the confidence taken from them [P], and Eq. 7 on them (a scalar)."""
 
-    chosen_P: Tensor
-    rejected_P: Tensor
-    confidence_P: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    confidence: Tensor
     nll: Tensor
 
 
@@ -131,7 +131,7 @@ class ReprDPOTrainer(BaseTrainer):
             ref_chosen_logp=inputs.get("ref_chosen_logps"),
             ref_rejected_logp=inputs.get("ref_rejected_logps"),
             beta=self.args.beta,
-            confidence=hybrid.confidence_P if hybrid is not None and by_reward else self.args.fixed_confidence,
+            confidence=hybrid.confidence if hybrid is not None and by_reward else self.args.fixed_confidence,
             loss_type=self.args.loss_type,
             scored_index=inputs["scored_index"],
             bias=head.bias,
@@ -168,9 +168,7 @@ class ReprDPOTrainer(BaseTrainer):
         if "chosen_input_ids" not in dataset.column_names:
             if self.processing_class is None:
                 raise UserError(f"processing_class: {what} is text; pass the tokenizer")
-            dataset = tokenize_preferences(
-                dataset, self.processing_class, self.args.tokenize_config(), where=what
-            )
+            dataset = tokenize_preferences(dataset, self.processing_class, self.args.tokenize_config(), where=what)
         if not self._needs_reference:
             dataset = dataset.select_columns([name for name in dataset.column_names if not name.startswith("ref_")])
         elif "ref_chosen_logps" not in dataset.column_names:
@@ -204,7 +202,7 @@ class ReprDPOTrainer(BaseTrainer):
         confidence_P = ops.preference_confidence(
             chosen_P,
             rejected_P,
-            alpha=reward.alpha if self.args.alpha == "auto" else self.args.alpha,
+            alpha=self.args.alpha_or(reward.alpha),
             squash=reward.squash if self.args.squash is None else self.args.squash,
             floor=self.args.confidence_floor,
             reduce=self.args.confidence_reduce,
@@ -230,16 +228,16 @@ class ReprDPOTrainer(BaseTrainer):
         }
         if hybrid is not None:
             values |= {
-                "hybrid/chosen": hybrid.chosen_P,
-                "hybrid/rejected": hybrid.rejected_P,
-                "hybrid/accuracies": hybrid.chosen_P > hybrid.rejected_P,
-                "hybrid/margins": hybrid.chosen_P - hybrid.rejected_P,
+                "hybrid/chosen": hybrid.chosen,
+                "hybrid/rejected": hybrid.rejected,
+                "hybrid/accuracies": hybrid.chosen > hybrid.rejected,
+                "hybrid/margins": hybrid.chosen - hybrid.rejected,
                 "hybrid/nll": hybrid.nll,
             }
             if self.args.confidence_source == "reward":
-                values["confidence/mean"] = hybrid.confidence_P
+                values["confidence/mean"] = hybrid.confidence
                 if training:
-                    self._histogram.add(hybrid.confidence_P)
+                    self._histogram.add(hybrid.confidence)
         self._windows[training].add(values, num_pairs=len(result.chosen_logp))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

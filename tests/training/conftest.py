@@ -75,7 +75,7 @@ def make_reward(make_model: Callable[..., Any], pairs: Dataset) -> Callable[...,
     chosen, rejected = states.chunk(2)
 
     def make(pool: str = "last") -> HybridReward:
-        reward, _ = HybridReward.fit(chosen, rejected, RewardFitConfig(alpha=1.0, folds=2, pool=pool))
+        reward, _ = HybridReward.fit(chosen, rejected, RewardFitConfig(alpha=1.0, folds=2, pool=pool), base=model)
         return reward
 
     return make
