@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from reprdpo.data import TokenizeConfig
 from reprdpo.errors import UserError
+from reprdpo.ops.reference import PAIR_LOSSES
 from reprdpo.training.presets import DEFAULTS, PRESETS
 
 
@@ -19,8 +20,8 @@ def _help(default: Any, text: str) -> Any:
 class BaseConfig(TrainingArguments):
     """What every trainer here shares: transformers' arguments with other defaults, and how text becomes tokens."""
 
+    data_seed: int | None = _help(None, "Seed of the order of the data (default: that of --seed).")
     logging_nan_inf_filter: bool = _help(False, "Replace NaN losses in the log; costs a device synchronisation a step.")
-    report_to: None | str | list[str] = _help("none", "Logging integrations; metrics.jsonl is written in any case.")
     remove_unused_columns: bool = _help(False, "Must stay False: the collators read columns the model does not take.")
     prediction_loss_only: bool = _help(True, "Evaluation returns metrics, not logits.")
     max_length: int = _help(1024, "Longest sequence of prompt and response, in tokens.")
@@ -50,7 +51,9 @@ class BaseConfig(TrainingArguments):
         _check(self.max_length >= 2, "max_length", self.max_length, "an integer of at least 2")
         if self.max_prompt_length is not None:
             allowed = 1 <= self.max_prompt_length < self.max_length
-            _check(allowed, "max_prompt_length", self.max_prompt_length, f"1 to {self.max_length - 1} (below max_length)")
+            _check(
+                allowed, "max_prompt_length", self.max_prompt_length, f"1 to {self.max_length - 1} (below max_length)"
+            )
 
 
 @dataclass
@@ -72,20 +75,20 @@ class RewardModelConfig(BaseConfig):
 class ReprDPOConfig(BaseConfig):
     """Settings of :class:`~reprdpo.training.ReprDPOTrainer`; names are TRL's where the meaning is the same.
 
-    Fields that default to None and are no option to switch off (beta, learning_rate, per_device_train_batch_size,
-    alpha, reward_margin) take the preset's value, or the library's default without one.
+    beta, learning_rate, per_device_train_batch_size, alpha and reward_margin, where left unset, take the preset's
+    value, or the library's default without a preset.
 
     The modes: ``confidence_source="reward"`` is the method; ``"fixed"`` with ``fixed_confidence=1.0`` is DPO and with
     1 - eps is conservative DPO.
     """
 
     preset: str | None = _help(None, 'Named settings for fields left unset: "paper" (arXiv 2503.10093, A.3).')
-    beta: float | None = _help(None, f"Strength of the pull to the reference (default {DEFAULTS['beta']}).")
-    learning_rate: float | None = _help(None, f"The initial learning rate (default {DEFAULTS['learning_rate']}).")
-    per_device_train_batch_size: int | None = _help(
+    beta: float = _help(None, f"Strength of the pull to the reference (default {DEFAULTS['beta']}).")
+    learning_rate: float = _help(None, f"The initial learning rate (default {DEFAULTS['learning_rate']}).")
+    per_device_train_batch_size: int = _help(
         None, f"Pairs per device and batch (default {DEFAULTS['per_device_train_batch_size']})."
     )
-    loss_type: str = _help("sigmoid", "A loss of reprdpo.ops.preference_loss.")
+    loss_type: str = _help("sigmoid", f"The pair loss: {', '.join(PAIR_LOSSES)} (reprdpo.ops.preference_loss).")
     precompute_ref_batch_size: int = _help(16, "Sequences a batch when reference log-probs are computed.")
     reference_cache_dir: str | None = _help(
         None, "Where reference log-probs are cached by content (default: OUTPUT_DIR/reference)."
@@ -98,7 +101,7 @@ class ReprDPOConfig(BaseConfig):
     confidence_reduce: Literal["batch"] | None = _help(None, '"batch": every pair takes the mean gamma of its batch.')
     update_reward: bool = _help(True, "Update the reward once per optimizer step on the batch's own states.")
     reward_learning_rate: float = _help(1e-3, "Learning rate of the reward's own Adam.")
-    reward_margin: float | None = _help(None, f"mu of Eq. 7 in the update (default {DEFAULTS['reward_margin']}).")
+    reward_margin: float = _help(None, f"mu of Eq. 7 in the update (default {DEFAULTS['reward_margin']}).")
     allow_reward_descendant: bool = _help(
         False, "Accept a reward fitted on other weights of the same architecture (say, before supervised fine-tuning)."
     )
@@ -112,8 +115,16 @@ class ReprDPOConfig(BaseConfig):
         self.alpha = _alpha(self.alpha)
         super().__post_init__()
 
+    def alpha_or(self, fitted: float) -> float:
+        """The steepness set here, or with "auto" the ``fitted`` one."""
+        return self.alpha if isinstance(self.alpha, float) else fitted
+
     def _check_fields(self) -> None:
         super()._check_fields()
+        _check(self.loss_type in PAIR_LOSSES, "loss_type", self.loss_type, f"one of {', '.join(PAIR_LOSSES)}")
+        if self.loss_type == "robust":
+            noise_known = self.confidence_source == "fixed" and self.fixed_confidence > 0.5
+            _check(noise_known, "loss_type", "robust", "a fixed confidence over 0.5 with it")
         for name in ("beta", "reward_learning_rate"):
             value = getattr(self, name)
             _check(math.isfinite(value) and value > 0, name, value, "a positive number")

@@ -124,7 +124,9 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir) / METRICS_FILE
-        kept = [line for _, line in files.read_jsonl(path) if line["step"] <= state.global_step] if path.exists() else []
+        kept = (
+            [line for _, line in files.read_jsonl(path) if line["step"] <= state.global_step] if path.exists() else []
+        )
         if state.global_step == 0:
             kept = []
         files.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))

@@ -50,11 +50,12 @@ class OnlineDPOTrainer(ReprDPOTrainer):
             kwargs["ref_model"] = copy.deepcopy(model)
         super().__init__(model, args, **kwargs)
         self._resample = resample
-        self.train_dataset = _Rounds(self._batches)
+        self._rounds = _Rounds(self._batches)
+        self.train_dataset = self._rounds
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of the rounds, each made when its step is due: looking ahead would draw from an older policy."""
-        return DataLoader(self.train_dataset, batch_size=None)
+        return DataLoader(self._rounds, batch_size=None)
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """All batches of the run; on resume those before the checkpoint's step are empty, to be skipped."""

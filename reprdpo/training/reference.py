@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from reprdpo import files, models, ops
 from reprdpo.data import ResponseCollator, length_grouped_batches
+from reprdpo.training.base import token_logps
 
 _FORMAT = "1"
 _CHUNK_TOKENS = 1 << 18
@@ -74,17 +75,8 @@ def batch_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     hidden_BTD = models.decoder(model)(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     ).last_hidden_state
-    head = models.head_spec(model)
     labels_BT, scored_N = batch["labels"], batch["scored_index"]
-    logps_BT = ops.linear_logprob(
-        hidden_BTD,
-        head.weight,
-        labels_BT,
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        scored_index=scored_N,
-    )
+    logps_BT = token_logps(model, hidden_BTD, batch)
     num_rows, length = labels_BT.shape
     return ops.sequence_sum(
         logps_BT.flatten()[scored_N],

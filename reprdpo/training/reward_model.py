@@ -53,9 +53,7 @@ class BradleyTerryRewardModel(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Rewards [B] float32 of ``input_ids`` [B, T], read at the last position that is not padding."""
-        hidden_BTD = self.decoder(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        hidden_BTD = self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         rows = torch.arange(len(input_ids), device=input_ids.device)
         last_BD = hidden_BTD[rows, ops.last_token_index(attention_mask)]
         return self.head(last_BD.to(self.head.weight.dtype)).squeeze(-1).float()

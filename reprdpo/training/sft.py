@@ -8,10 +8,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from reprdpo import models, ops
 from reprdpo.data import ResponseCollator
 from reprdpo.reward import HiddenStateTap
-from reprdpo.training.base import BaseTrainer, padding_id
+from reprdpo.training.base import BaseTrainer, padding_id, token_logps
 from reprdpo.training.config import ReprSFTConfig
 
 
@@ -69,16 +68,7 @@ class ReprSFTTrainer(BaseTrainer):
                 logits_to_keep=1,
                 use_cache=False,
             )
-        head = models.head_spec(model)
-        logps = ops.linear_logprob(
-            tap.states[-1],
-            head.weight,
-            inputs["labels"],
-            bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            scored_index=inputs["scored_index"],
-        )
+        logps = token_logps(model, tap.states[-1], inputs)
         loss = -logps.sum() / max(inputs["scored_index"].numel(), 1)
         if model.training and num_items_in_batch:
             # training_step divides by the accumulation steps; undone here, as the mean is over tokens.

@@ -1,9 +1,9 @@
 """The trainer of the method: one policy forward a batch gives log-probs, hidden states and confidence.
 
 Order of a step: forward; R of the batch's detached states; gamma from R; the cDPO loss under gamma; then R itself takes
-one step of Eq. 7 on the same states, so gamma of a batch never comes from a reward that has seen it. With gradient
-accumulation a "batch" is what one optimizer step sees: R is updated once, at its last micro-batch, on the pooled states
-of all of them, so that accumulating and a larger batch are the same training.
+one step of Eq. 7 from the same R, so gamma of a batch never comes from a reward that has seen it. With gradient
+accumulation a "batch" is what one optimizer step sees: R is updated once, at its last micro-batch, from the rewards of
+all of them, so that accumulating and a larger batch are the same training.
 
 Shape suffixes: P pairs, S = 2P sequences (all chosen, then all rejected), T padded length, L layers, D hidden size.
 """
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from reprdpo import files, models, ops
 from reprdpo.data import PreferenceCollator, tokenize_preferences
 from reprdpo.errors import UserError
+from reprdpo.ops.reference import PAIR_LOSSES
 from reprdpo.reward import HiddenStateTap, HybridReward, RewardUpdater
 from reprdpo.training.base import BaseTrainer, autocast_dtype, padding_id
 from reprdpo.training.checkpoint import load_state, save_state
@@ -43,9 +44,9 @@ _COLUMNS = (
 class _Hybrid(NamedTuple):
     """R of a batch: rewards [P], the confidence taken from them [P], and Eq. 7 on them (a scalar)."""
 
-    chosen_P: Tensor
-    rejected_P: Tensor
-    confidence_P: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    confidence: Tensor
     nll: Tensor
 
 
@@ -93,13 +94,14 @@ class ReprDPOTrainer(BaseTrainer):
             **kwargs,
         )
         self._reference = ref_model
+        self._needs_reference = PAIR_LOSSES[args.loss_type].needs_reference
         self.train_dataset = self._prepare(train_dataset, "the training data")
         self.eval_dataset = self._prepare(eval_dataset, "the evaluation data")
         self.reward = reward.to(args.device) if reward is not None else None
         self._updater = None
         if self.reward is not None and args.update_reward:
             self._updater = RewardUpdater(self.reward, lr=args.reward_learning_rate, margin=args.reward_margin)
-        self._pooled: list[Tensor] = []
+        self._scored: list[Tensor] = []
         spread = "confidence/mean" if args.confidence_source == "reward" else None
         self._windows = {True: MetricWindow(spread), False: MetricWindow(spread)}
         self._histogram = ConfidenceHistogram()
@@ -126,10 +128,10 @@ class ReprDPOTrainer(BaseTrainer):
             tap.states[-1],
             head.weight,
             inputs["labels"],
-            ref_chosen_logp=inputs["ref_chosen_logps"],
-            ref_rejected_logp=inputs["ref_rejected_logps"],
+            ref_chosen_logp=inputs.get("ref_chosen_logps"),
+            ref_rejected_logp=inputs.get("ref_rejected_logps"),
             beta=self.args.beta,
-            confidence=hybrid.confidence_P if hybrid is not None and by_reward else self.args.fixed_confidence,
+            confidence=hybrid.confidence if hybrid is not None and by_reward else self.args.fixed_confidence,
             loss_type=self.args.loss_type,
             scored_index=inputs["scored_index"],
             bias=head.bias,
@@ -166,10 +168,10 @@ class ReprDPOTrainer(BaseTrainer):
         if "chosen_input_ids" not in dataset.column_names:
             if self.processing_class is None:
                 raise UserError(f"processing_class: {what} is text; pass the tokenizer")
-            dataset = tokenize_preferences(
-                dataset, self.processing_class, self.args.tokenize_config(), where=what
-            )
-        if "ref_chosen_logps" not in dataset.column_names:
+            dataset = tokenize_preferences(dataset, self.processing_class, self.args.tokenize_config(), where=what)
+        if not self._needs_reference:
+            dataset = dataset.select_columns([name for name in dataset.column_names if not name.startswith("ref_")])
+        elif "ref_chosen_logps" not in dataset.column_names:
             dataset = self._add_reference(dataset)
         return dataset.select_columns([name for name in _COLUMNS if name in dataset.column_names])
 
@@ -189,29 +191,30 @@ class ReprDPOTrainer(BaseTrainer):
 
     def _score(self, reward: HybridReward, states: list[Tensor], inputs: dict[str, Tensor]) -> _Hybrid:
         """Gamma from R as it stands, then, in training, R's own step."""
-        with torch.no_grad():
-            pooled_SLD = ops.pool_last_token([state.detach() for state in states], inputs["last_token_index"])
-            chosen_P, rejected_P = reward(pooled_SLD).reward.chunk(2)
-            confidence_P = ops.preference_confidence(
-                chosen_P,
-                rejected_P,
-                alpha=reward.alpha if self.args.alpha == "auto" else self.args.alpha,
-                squash=reward.squash if self.args.squash is None else self.args.squash,
-                floor=self.args.confidence_floor,
-                reduce=self.args.confidence_reduce,
-            )
-            nll = reward.nll(chosen_P, rejected_P, margin=self.args.reward_margin)
-        if self._updater is not None and self.model.training:
-            self._pooled.append(pooled_SLD)
+        updater = self._updater if self.model.training else None
+        states = [state.detach() for state in states]
+        with torch.set_grad_enabled(updater is not None):
+            if reward.metadata.pool == "mean":
+                rewards_S = reward(_mean_over_tokens(states, inputs["attention_mask"])).reward
+            else:
+                rewards_S = reward(states, inputs["last_token_index"]).reward
+        chosen_P, rejected_P = rewards_S.detach().chunk(2)
+        confidence_P = ops.preference_confidence(
+            chosen_P,
+            rejected_P,
+            alpha=self.args.alpha_or(reward.alpha),
+            squash=reward.squash if self.args.squash is None else self.args.squash,
+            floor=self.args.confidence_floor,
+            reduce=self.args.confidence_reduce,
+        )
+        nll = reward.nll(chosen_P, rejected_P, margin=self.args.reward_margin)
+        if updater is not None:
+            self._scored.append(rewards_S)
             if self.accelerator.sync_gradients:
-                self._update_reward(self._updater)
+                halves = zip(*(scored_S.chunk(2) for scored_S in self._scored), strict=True)
+                updater.step_on_rewards(*(torch.cat(half) for half in halves))
+                self._scored.clear()
         return _Hybrid(chosen_P, rejected_P, confidence_P, nll)
-
-    def _update_reward(self, updater: RewardUpdater) -> None:
-        halves = zip(*(pooled_SLD.chunk(2) for pooled_SLD in self._pooled), strict=True)
-        chosen_PLD, rejected_PLD = (torch.cat(half) for half in halves)
-        updater.step(torch.cat([chosen_PLD, rejected_PLD]))
-        self._pooled.clear()
 
     def _record(self, result: Any, hybrid: _Hybrid | None, *, training: bool) -> None:
         values = {
@@ -225,16 +228,16 @@ class ReprDPOTrainer(BaseTrainer):
         }
         if hybrid is not None:
             values |= {
-                "hybrid/chosen": hybrid.chosen_P,
-                "hybrid/rejected": hybrid.rejected_P,
-                "hybrid/accuracies": hybrid.chosen_P > hybrid.rejected_P,
-                "hybrid/margins": hybrid.chosen_P - hybrid.rejected_P,
+                "hybrid/chosen": hybrid.chosen,
+                "hybrid/rejected": hybrid.rejected,
+                "hybrid/accuracies": hybrid.chosen > hybrid.rejected,
+                "hybrid/margins": hybrid.chosen - hybrid.rejected,
                 "hybrid/nll": hybrid.nll,
             }
             if self.args.confidence_source == "reward":
-                values["confidence/mean"] = hybrid.confidence_P
+                values["confidence/mean"] = hybrid.confidence
                 if training:
-                    self._histogram.add(hybrid.confidence_P)
+                    self._histogram.add(hybrid.confidence)
         self._windows[training].add(values, num_pairs=len(result.chosen_logp))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -269,3 +272,10 @@ class ReprDPOTrainer(BaseTrainer):
     def _write_histogram(self) -> None:
         if self.args.should_save and self.args.confidence_source == "reward":
             files.write_json(Path(self.args.output_dir) / HISTOGRAM_FILE, self._histogram.to_json())
+
+
+def _mean_over_tokens(states: list[Tensor], attention_mask_ST: Tensor) -> Tensor:
+    """[S, L, D]: each layer's mean over the positions that are not padding, summed in float32."""
+    real_ST1 = attention_mask_ST.bool()[:, :, None]
+    sums = [torch.where(real_ST1, state, 0).sum(1, dtype=torch.float32) for state in states]
+    return torch.stack([(sum_SD / real_ST1.sum(1)).to(states[0].dtype) for sum_SD in sums], dim=1)

@@ -65,7 +65,7 @@ def pairs() -> Dataset:
 
 
 @pytest.fixture
-def make_reward(make_model: Callable[..., Any], pairs: Dataset) -> Callable[[], HybridReward]:
+def make_reward(make_model: Callable[..., Any], pairs: Dataset) -> Callable[..., HybridReward]:
     model = make_model()
     batch = PreferenceCollator(0)(list(pairs))
     with torch.no_grad(), HiddenStateTap(model) as tap:
@@ -74,8 +74,8 @@ def make_reward(make_model: Callable[..., Any], pairs: Dataset) -> Callable[[], 
     states = torch.stack([layer[rows, batch["last_token_index"]] for layer in tap.states], dim=1)
     chosen, rejected = states.chunk(2)
 
-    def make() -> HybridReward:
-        reward, _ = HybridReward.fit(chosen, rejected, RewardFitConfig(alpha=1.0, folds=2), base=model)
+    def make(pool: str = "last") -> HybridReward:
+        reward, _ = HybridReward.fit(chosen, rejected, RewardFitConfig(alpha=1.0, folds=2, pool=pool), base=model)
         return reward
 
     return make

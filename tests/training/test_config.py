@@ -50,6 +50,8 @@ def test_command_line(tmp_path: Path, text: str, value: Any) -> None:
         ("reward_learning_rate", 0.0),
         ("max_prompt_length", 2048),
         ("remove_unused_columns", True),
+        ("loss_type", "sigmoidal"),
+        ("loss_type", "robust"),
         ("precompute_ref_batch_size", 0),
     ],
 )

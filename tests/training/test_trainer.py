@@ -17,6 +17,7 @@ from reprdpo.errors import UserError
 from reprdpo.files import read_json, read_jsonl
 from reprdpo.reward import HybridReward
 from reprdpo.training import ReprDPOTrainer, last_checkpoint
+from reprdpo.training.base import disable_dropout
 
 Make = Callable[..., Any]
 
@@ -56,31 +57,34 @@ def manual_step(model: Any, batch: dict[str, Tensor], ref: tuple[Tensor, Tensor]
     return (-gamma * F.logsigmoid(delta) - (1 - gamma) * F.logsigmoid(-delta)).mean()
 
 
-@pytest.mark.parametrize("source", ["fixed", "reward"])
+@pytest.mark.parametrize(("source", "pool"), [("fixed", "last"), ("reward", "last"), ("reward", "mean")])
 def test_updates_are_those_of_the_formula(
-    make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset, source: str
+    make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset, source: str, pool: str
 ) -> None:
-    """Three SGD steps on the whole data: the policy follows Eq. 5 under Eq. 8, and the reward Eq. 7, one step behind."""
+    """Three SGD steps: the policy follows Eq. 5 under Eq. 8, and the reward Eq. 7, one step behind."""
     beta, rate = 0.5, 0.05
     settings = {"beta": beta, "confidence_source": source, "fixed_confidence": 0.8, "learning_rate": rate}
     plain = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 3}
     config = make_config(per_device_train_batch_size=len(pairs), **settings, **plain)
-    reward = make_reward()
+    reward = make_reward(pool)
     trainer = ReprDPOTrainer(make_model(), config, train_dataset=pairs, reward=reward)
     rows = list(trainer.train_dataset)
     trainer.train()
 
-    model, follower = make_model(), make_reward()
+    model, follower = make_model(), make_reward(pool)
     batch = PreferenceCollator(0)(rows)
     ref = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     adam = torch.optim.Adam(follower.parameters(), lr=config.reward_learning_rate)
-    where = torch.arange(2 * len(pairs)), batch["last_token_index"]
+    lengths = batch["attention_mask"].sum(1)
     for line in logged(config.output_dir):
         with torch.no_grad():
             masked = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-            states = model(**masked, output_hidden_states=True).hidden_states[1:]
-        chosen, rejected = follower(torch.stack([layer[where] for layer in states], dim=1)).reward.chunk(2)
+            layers = torch.stack(model(**masked, output_hidden_states=True).hidden_states[1:], dim=2)
+        first = lengths - 1 if pool == "last" else torch.zeros_like(lengths)
+        spans = zip(layers, first, lengths, strict=True)
+        states = torch.stack([row[start:stop].mean(0) for row, start, stop in spans])
+        chosen, rejected = follower(states).reward.chunk(2)
         gamma = torch.sigmoid(follower.alpha * (chosen - rejected)).detach() if source == "reward" else 0.8
         loss = manual_step(model, batch, ref, gamma, beta)
         assert line["loss"] == pytest.approx(loss.item(), abs=1e-5)
@@ -258,6 +262,21 @@ def test_the_saved_reward_is_the_trained_one_and_nothing_is_pickled_beside_it(
     assert all(map(torch.equal, parameters(reward), parameters(again)))
     assert not list((tmp_path / "model").rglob("*.bin"))
     assert json.loads((tmp_path / "model" / "training_args.json").read_text())["beta"] == 0.1
+
+
+def test_disable_dropout_reaches_probabilities_kept_as_numbers(make_model: Make) -> None:
+    model = make_model(attention_dropout=0.5)
+    model.extra = torch.nn.Dropout(0.3)
+    disable_dropout(model)
+    assert model.extra.p == 0
+    assert all(layer.self_attn.attention_dropout == 0 for layer in model.model.layers)
+
+
+def test_a_loss_without_reference_computes_none(make_model: Make, make_config: Make, pairs: Dataset) -> None:
+    config = make_config(loss_type="simpo", confidence_source="fixed")
+    ReprDPOTrainer(make_model(), config, train_dataset=pairs).train()
+    assert all(math.isfinite(line["loss"]) for line in logged(config.output_dir))
+    assert not (Path(config.output_dir) / "reference").exists()
 
 
 def test_mistakes(make_model: Make, make_config: Make, pairs: Dataset) -> None:
