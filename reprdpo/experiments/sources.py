@@ -1,6 +1,8 @@
 """Where a run's inputs come from: the sandbox world, or the user's own files."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from datasets import Dataset
 
@@ -42,7 +44,7 @@ def read_inputs(config: RunConfig) -> Inputs:
 def _sandbox_inputs(config: RunConfig) -> Inputs:
     from reprdpo.data.sandbox import load_sandbox
 
-    sandbox = load_sandbox(config.cache_dir, scale=config.scale)
+    sandbox = load_sandbox(config.cache_dir or default_cache(), scale=config.scale)
     return Inputs(
         model=str(sandbox.model_dir),
         preferences=load_preferences(sandbox.preferences, limit=config.limit),
@@ -77,6 +79,12 @@ def _file_inputs(config: RunConfig) -> Inputs:
         benign=load_responses(settings.benign_text) if settings.benign_text else _chosen(held_out),
         where=config.preferences,
     )
+
+
+def default_cache() -> Path:
+    """``REPRDPO_CACHE``, or ``reprdpo`` in the user's cache folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return Path(os.environ.get("REPRDPO_CACHE", home / "reprdpo"))
 
 
 def split_by_prompt(pairs: Dataset, holdout: float) -> tuple[Dataset, Dataset]:

@@ -4,7 +4,7 @@ Shape suffixes: B sequences, P pairs (2P = B: all chosen, then all rejected), T 
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from reprdpo import files, models, ops
 from reprdpo.data import (
     PreferenceCollator,
     ResponseCollator,
+    Text,
     TokenizeConfig,
     length_grouped_batches,
     tokenize_preferences,
@@ -82,17 +83,22 @@ class BradleyTerryRewardModel(nn.Module):
         values = torch.cat(scores).cpu().tolist() if scores else []
         return [value for _, value in sorted(zip(order, values, strict=True))]
 
-    def scorer(
-        self, tokenizer: PreTrainedTokenizerBase, config: TokenizeConfig, *, batch_size: int = 64
-    ) -> Callable[[Any, Sequence[str]], list[float]]:
-        """A function from a prompt and its responses to their rewards."""
-
-        def score(prompt: Any, responses: Sequence[str]) -> list[float]:
-            tokenized = [tokenize_response(tokenizer, prompt, response, config) for response in responses]
-            rows = [{"input_ids": row.input_ids, "response_start": row.response_start} for row in tokenized]
-            return self.score(rows, batch_size=batch_size)
-
-        return score
+    def score_responses(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Text],
+        responses: Sequence[str],
+        config: TokenizeConfig,
+        *,
+        batch_size: int = 64,
+    ) -> list[float]:
+        """Rewards of responses, each to its prompt, in order; NaN for an empty one."""
+        places = [place for place, response in enumerate(responses) if response.strip()]
+        tokenized = [tokenize_response(tokenizer, prompts[place], responses[place], config) for place in places]
+        rewards = [float("nan")] * len(responses)
+        for place, value in zip(places, self.score([row._asdict() for row in tokenized], batch_size=batch_size), strict=True):
+            rewards[place] = value
+        return rewards
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the decoder as transformers does, and the head beside it."""
