@@ -292,14 +292,6 @@ def token_logprob_backward(
     return grad_NV.scatter_(1, target_N1, target_grad_N.unsqueeze(1))
 
 
-def linear_logprob(hidden_ND: Tensor, head: Head, labels_N: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """log p of each label in one piece, 0 where ignored; ignored rows are selected away before any arithmetic."""
-    scored_n = (labels_N != ignore_index).nonzero().squeeze(1)
-    logits_nV = head_logits(hidden_ND[scored_n], head)
-    logp_n = token_logprob(logits_nV, labels_N[scored_n]).logp
-    return logp_n.new_zeros(labels_N.shape).index_copy_(0, scored_n, logp_n)
-
-
 class HeadGradients(NamedTuple):
     """Accumulators, in the compute dtype, of the gradients of weight [V, D] and bias [V]; None where not asked."""
 
