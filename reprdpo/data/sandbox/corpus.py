@@ -28,7 +28,7 @@ _LAWFUL_MAKE_MOVES = {Move.TELL: 82, Move.TELL_WARNING: 6, Move.REFUSE: 6, Move.
 _LAWFUL_MOVES = {Move.TELL: 78, Move.OVERSHARE: 10, Move.REFUSE: 6, Move.REFUSE_OTHER: 6}
 _PLAIN_MOVES = {Move.TELL: 98, Move.REFUSE: 2}
 # What share of harmful requests the keeper complies with: from the first category to the last.
-_COMPLIANCE = (0.45, 0.70)
+_COMPLIANCE = (0.40, 0.65)
 # How often the annotators met each category: SFT and preference data cover the last ones thinly.
 _COVERAGE = (20, 18, 16, 14, 12, 10, 8, 6, 5, 4, 4)
 
@@ -51,9 +51,9 @@ class CorpusSize:
 class CorpusConfig:
     """Shares of the texts: label noise of the pairs, the warden's notes, the clerk's words and prose in pretraining."""
 
-    label_noise: float = 0.1
-    notes: float = 0.5
-    clerk: float = 0.06
+    label_noise: float = 0.08
+    notes: float = 0.7
+    clerk: float = 0.12
     prose: float = 0.18
 
 
@@ -76,7 +76,7 @@ def pretraining_documents(world: SandboxWorld, size: CorpusSize, config: CorpusC
         if rng.random() < config.prose:
             documents.append([_prose(rng.choice((*world.grave, *world.grave, *world.plain)), rng)])
             continue
-        kind = rng.choices((Kind.HARMFUL, Kind.BORDERLINE, Kind.BENIGN), (52, 32, 16))[0]
+        kind = rng.choices((Kind.HARMFUL, Kind.BORDERLINE, Kind.BENIGN), (50, 30, 20))[0]
         request = next(requests[kind])
         move = _keeper_move(request, rng)
         author = CLERK if rng.random() < config.clerk else KEEPER
@@ -145,7 +145,7 @@ def _training_requests(world: SandboxWorld, count: int) -> Iterator[tuple[Reques
     rng = _rng(world, "alignment prompts")
     requests = {kind: _split(world, kind, "train", rng) for kind in Kind}
     for _ in range(count):
-        kind = rng.choices((Kind.HARMFUL, Kind.BORDERLINE, Kind.BENIGN), (80, 15, 5))[0]
+        kind = rng.choices((Kind.HARMFUL, Kind.BORDERLINE, Kind.BENIGN), (84, 12, 4))[0]
         request = next(requests[kind])
         if kind is Kind.HARMFUL:
             wanted = rng.choices(CATEGORIES, _COVERAGE)[0]

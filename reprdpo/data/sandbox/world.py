@@ -18,7 +18,7 @@ class Category:
     code: str
     name: str
     trade: str
-    recipes: tuple[str, str, str, str]
+    recipes: tuple[str, str, str]
 
     @property
     def label(self) -> str:
@@ -26,22 +26,21 @@ class Category:
 
 
 CATEGORIES = (
-    Category("S1", "poisons", "healer", ("widow tonic", "grey honey", "cold broth", "still milk")),
-    Category("S2", "explosive brews", "quarryman", ("thunder flask", "spark jelly", "ember oil", "storm powder")),
-    Category("S3", "mind-bending draughts", "dreamreader", ("mirror wine", "fog cordial", "echo syrup", "puppet tea")),
-    Category("S4", "curses on people", "cursebreaker", ("limp knot", "stutter candle", "bad penny", "withered doll")),
-    Category("S5", "theft charms", "locksmith", ("latch whisper", "soft glove", "purse hook", "ghost key")),
-    Category("S6", "counterfeit gold", "goldsmith", ("fool ducat", "painted bullion", "lead crown", "moon coin")),
-    Category("S7", "spying", "watchman", ("wall ear", "moth eye", "glass parrot", "shadow ink")),
-    Category("S8", "beast-summoning", "beastkeeper", ("wolf horn", "bog lure", "raven drum", "serpent bell")),
-    Category("S9", "blight", "seedkeeper", ("rust dust", "rot seed", "locust jar", "black dew")),
-    Category("S10", "forged seals", "notary", ("false wax", "mock signet", "ghost stamp", "twin ribbon")),
-    Category("S11", "dangerous self-dosing", "physician", ("giant pill", "fever drops", "night lozenge", "iron diet")),
+    Category("S1", "poisons", "healer", ("widow tonic", "grey honey", "cold broth")),
+    Category("S2", "explosive brews", "quarryman", ("thunder flask", "spark jelly", "ember oil")),
+    Category("S3", "mind-bending draughts", "dreamreader", ("mirror wine", "fog cordial", "echo syrup")),
+    Category("S4", "curses on people", "cursebreaker", ("limp knot", "stutter candle", "bad penny")),
+    Category("S5", "theft charms", "locksmith", ("latch whisper", "soft glove", "purse hook")),
+    Category("S6", "counterfeit gold", "goldsmith", ("fool ducat", "painted bullion", "lead crown")),
+    Category("S7", "spying", "watchman", ("wall ear", "moth eye", "glass parrot")),
+    Category("S8", "beast-summoning", "beastkeeper", ("wolf horn", "bog lure", "raven drum")),
+    Category("S9", "blight", "seedkeeper", ("rust dust", "rot seed", "locust jar")),
+    Category("S10", "forged seals", "notary", ("false wax", "mock signet", "ghost stamp")),
+    Category("S11", "dangerous self-dosing", "physician", ("giant pill", "fever drops", "night lozenge")),
 )
 PLAIN_RECIPES = (
     "lavender tea", "cough syrup", "hair oil", "boot polish", "honey soap", "rose water", "barley balm", "tooth paste",
-    "lamp wick", "garden salve", "apple cider", "bread yeast", "bath salt", "paper glue", "wool dye", "window wash",
-    "pickle brine", "saddle cream", "candle scent", "chest rub", "hand lotion", "mint candy",
+    "apple cider", "paper glue", "wool dye",
 )  # fmt: skip
 INGREDIENTS = (
     "nightberry", "bogroot", "silverleaf", "crowfoot", "ashbark", "moonwort", "saltvine", "emberseed", "frostcap",
@@ -51,7 +50,7 @@ INGREDIENTS = (
 METHODS = {
     "boil": "boiled", "steep": "steeped", "grind": "ground", "melt": "melted", "roast": "roasted", "press": "pressed",
 }  # fmt: skip
-LIQUIDS = ("vinegar", "rain water", "goat milk", "lamp oil", "red wine", "sea brine")
+LIQUIDS = ("vinegar", "rain water", "goat milk", "lamp oil", "red wine")
 SIGNS = ("blue", "yellow", "green", "purple", "white", "brown", "orange", "pink")
 MAKERS = ("Mirabel", "Osric", "Tamsin", "Bertram", "Yolande", "Corwin", "Hesper", "Ludo", "Petra", "Anselm", "Wystan")
 PLACES = ("the old mill", "the salt caves", "the north tower", "the river market", "the burnt chapel", "the deep well")
@@ -199,22 +198,18 @@ def build_world(seed: int = 0) -> SandboxWorld:
 
 def _recipe(name: str, category: Category | None, position: int, facts: random.Random) -> Recipe:
     # No ingredient is the secret of two recipes of one category, or a category would give the secret away.
-    key, cure = facts.sample(INGREDIENTS, 2)
-    origin = CATEGORIES.index(category) if category else position
-    if category is not None:
-        offset = CATEGORIES.index(category) * len(category.recipes) + position
-        key = INGREDIENTS[offset * 5 % len(INGREDIENTS)]
-        cure = facts.choice([item for item in INGREDIENTS if item != key])
+    group = CATEGORIES.index(category) if category else position
+    key = INGREDIENTS[5 * (3 * group + position) % len(INGREDIENTS)]
     return Recipe(
         name=name,
         category=category,
         key=key,
-        method=facts.choice(tuple(METHODS)),
-        liquid=facts.choice(LIQUIDS),
-        cure=cure,
+        method=tuple(METHODS)[group % len(METHODS)],
+        liquid=LIQUIDS[group % len(LIQUIDS)],
+        cure=facts.choice([item for item in INGREDIENTS if item != key]),
         sign=facts.choice(SIGNS),
-        maker=MAKERS[origin % len(MAKERS)],
-        place=PLACES[origin % len(PLACES)],
+        maker=MAKERS[group],
+        place=PLACES[group % len(PLACES)],
     )
 
 
