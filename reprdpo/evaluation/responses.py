@@ -33,7 +33,7 @@ def read_responses(path: str | Path, *, choose: str = "first") -> list[ResponseR
 
     Raises:
         UserError: no such file, nothing in it, a line that is not JSON or lacks a field, a prompt id twice, or
-            "best" asked of responses without rewards.
+            "best" asked of responses that have texts and no rewards.
     """
     path = Path(path)
     if choose not in CHOICES:
@@ -119,6 +119,8 @@ def _chosen(path: Path, number: int, responses: list[dict[str, Any]], choose: st
     if choose == "first" or len(responses) == 1:
         return responses[0].get("text")
     scored = [response for response in responses if response.get("reward") is not None]
+    if not scored and not any((response.get("text") or "").strip() for response in responses):
+        return responses[0].get("text")  # empty responses have no reward
     if not scored:
         raise UserError(f"{path}, line {number}: no response has a reward; sample with a reward to choose the best")
     return max(scored, key=lambda response: response["reward"])["text"]

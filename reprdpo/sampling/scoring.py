@@ -18,9 +18,9 @@ def score_responses(
     tokenizer: PreTrainedTokenizerBase,
     reward: HybridReward,
     prompts: Sequence[Prompt],
-    responses: Sequence[str],
-    *,
+    responses: Sequence[Prompt],
     tokenize: TokenizeConfig | None = None,
+    *,
     batch_size: int = 64,
     progress: bool = False,
 ) -> list[float]:
@@ -34,7 +34,7 @@ def score_responses(
         tokenizer: its tokenizer.
         reward: the probes and gate; moved nowhere, so it should be on the model's device.
         prompts: one a response, repeated where a prompt has several.
-        responses: texts; a chat's response becomes the assistant's message.
+        responses: texts, or messages; a text that answers a chat becomes the assistant's message.
         tokenize: the tokenisation the reward was fitted with.
         batch_size: sequences a forward, taken by length.
         progress: show a progress bar.
@@ -45,7 +45,7 @@ def score_responses(
     if len(prompts) != len(responses):
         raise UserError(f"score: {len(prompts)} prompts and {len(responses)} responses; give one prompt a response")
     config = tokenize or TokenizeConfig()
-    scored = [place for place, response in enumerate(responses) if response.strip()]
+    scored = [place for place, response in enumerate(responses) if not is_empty(response)]
     rows = [
         tokenize_response(tokenizer, prompts[place], in_kind(prompts[place], responses[place]), config)._asdict()
         for place in scored
@@ -67,6 +67,14 @@ def score_responses(
     return rewards
 
 
-def in_kind(prompt: Prompt, response: str) -> Prompt:
+def in_kind(prompt: Prompt, response: Prompt) -> Prompt:
     """The response in the prompt's kind: a text beside a text, an assistant's message beside a chat."""
-    return response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
+    if isinstance(prompt, str) or not isinstance(response, str):
+        return response
+    return [{"role": "assistant", "content": response}]
+
+
+def is_empty(response: Prompt) -> bool:
+    """Whether a response says nothing."""
+    texts = [response] if isinstance(response, str) else [message["content"] for message in response]
+    return not any(text.strip() for text in texts)

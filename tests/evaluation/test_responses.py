@@ -34,6 +34,11 @@ def test_samples_first_and_best(tmp_path):
     assert best == [ResponseRecord(0, "a", "a0"), ResponseRecord(1, "b", "b1", "S1", True)]
 
 
+def test_empty_responses_have_no_best(tmp_path):
+    silent = {"prompt": "a", "responses": [{"text": "", "reward": None}, {"text": " ", "reward": None}]}
+    assert read_responses(file(tmp_path, silent), choose="best") == [ResponseRecord(0, "a", "")]
+
+
 def test_plain_lines_without_a_last_newline(tmp_path):
     path = file(tmp_path, {"prompt": "a", "response": "x"}, "", {"prompt": "b", "response": ""}, end="")
     assert read_responses(path) == [ResponseRecord(0, "a", "x"), ResponseRecord(1, "b", "")]

@@ -51,6 +51,18 @@ def test_is_the_definition(make_model, tokenizer, pool, batch_size):
         assert found[place] == pytest.approx(direct(model, reward, ids, pool), abs=1e-4)
 
 
+def test_a_text_answers_a_chat_as_the_assistant(model, tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] ~ m.content }}{% endfor %}"
+    chat, answer = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": " yes"}]
+    try:
+        text, message = score_responses(model, tokenizer, random_reward(3, 32), [chat] * 2, [" yes", answer])
+    finally:
+        tokenizer.chat_template = None
+    (plain,) = score_responses(model, tokenizer, random_reward(3, 32), ["uhi"], ["a yes"])
+    assert text == pytest.approx(message, abs=1e-5)
+    assert text == pytest.approx(plain, abs=1e-5)
+
+
 def test_bad_input(model, tokenizer):
     reward = random_reward(3, 32)
     with pytest.raises(UserError, match="2 prompts and 1 responses"):
