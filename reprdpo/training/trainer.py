@@ -157,6 +157,7 @@ class ReprDPOTrainer(BaseTrainer):
         return output
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class; the distribution of gamma is written at the end too."""
         output = super().train(*args, **kwargs)
         self._write_histogram()
         return output

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reprdpo.data import PreferenceCollator
 from reprdpo.errors import UserError
 from reprdpo.files import read_json, read_jsonl
+from reprdpo.ops import linear_preference
 from reprdpo.reward import HybridReward
 from reprdpo.training import ReprDPOTrainer, last_checkpoint
 from reprdpo.training.base import disable_dropout
@@ -262,6 +264,45 @@ def test_the_saved_reward_is_the_trained_one_and_nothing_is_pickled_beside_it(
     assert all(map(torch.equal, parameters(reward), parameters(again)))
     assert not list((tmp_path / "model").rglob("*.bin"))
     assert json.loads((tmp_path / "model" / "training_args.json").read_text())["beta"] == 0.1
+
+
+class HostReads(TorchDispatchMode):
+    """Collects the operations that would make the host wait for a device, outside the model's own forward."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.in_model = False
+        model.register_forward_pre_hook(lambda *_: setattr(self, "in_model", True))
+        model.register_forward_hook(lambda *_: setattr(self, "in_model", False))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+        if not self.in_model and func.overloadpacket.__name__ in waits:
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_device(
+    make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_preference, "check_scored_index", lambda *_: None)  # reads values on the CPU only
+    model = make_model()
+    config = make_config(logging_steps=100, max_steps=3)
+    trainer = ReprDPOTrainer(model, config, train_dataset=pairs, reward=make_reward())
+    reads, original = HostReads(model), trainer.training_step
+
+    def training_step(*args: Any) -> Tensor:
+        with reads:
+            return original(*args)
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert reads.seen == []
+    with reads:
+        trainer._windows[True].drain(lambda row: row)
+        torch.ones(1).item()
+    assert reads.seen == ["aten._local_scalar_dense.default"]
 
 
 def test_disable_dropout_reaches_probabilities_kept_as_numbers(make_model: Make) -> None:
