@@ -36,7 +36,8 @@ EPILOG = """\
 Any field of transformers.TrainingArguments is an option too. The same command again goes on from the last checkpoint.
 
 example: the paper's settings, with a reward from `reprdpo fit` and pairs from `reprdpo sample`
-  reprdpo train --model path/to/model --reward reward --preferences samples/pairs.jsonl --output_dir aligned --preset paper
+  reprdpo train --model path/to/model --reward reward --preferences samples/pairs.jsonl \\
+    --output_dir aligned --preset paper
 """
 
 

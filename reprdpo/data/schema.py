@@ -49,6 +49,11 @@ def kind_of(text: Text) -> Kind:
     return "plain" if isinstance(text, str) else "chat"
 
 
+def in_kind(prompt: Text, response: str) -> Text:
+    """The response in the prompt's kind: a text beside a text, an assistant's message beside a chat."""
+    return response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
+
+
 def normalise_row(row: Any, schema: Schema, *, required_labels: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the schema's fields of ``row``, checked; other fields are left out.
 

@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from reprdpo.data import in_kind
 from reprdpo.errors import UserError
 from reprdpo.files import write_text
 from reprdpo.sampling.best_of_n import read_samples
-from reprdpo.sampling.scoring import in_kind
 
 
 @dataclasses.dataclass(frozen=True)

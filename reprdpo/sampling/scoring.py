@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reprdpo.data import ResponseCollator, TokenizeConfig, length_grouped_batches, tokenize_response
+from reprdpo.data import ResponseCollator, TokenizeConfig, in_kind, length_grouped_batches, tokenize_response
 from reprdpo.errors import UserError
 from reprdpo.reward import HybridReward, pool_states
 from reprdpo.sampling.engine import Prompt
@@ -65,16 +65,3 @@ def score_responses(
     finally:
         model.train(was_training)
     return rewards
-
-
-def in_kind(prompt: Prompt, response: Prompt) -> Prompt:
-    """The response in the prompt's kind: a text beside a text, an assistant's message beside a chat."""
-    if isinstance(prompt, str) or not isinstance(response, str):
-        return response
-    return [{"role": "assistant", "content": response}]
-
-
-def is_empty(response: Prompt) -> bool:
-    """Whether a response says nothing."""
-    texts = [response] if isinstance(response, str) else [message["content"] for message in response]
-    return not any(text.strip() for text in texts)

@@ -22,6 +22,7 @@ from reprdpo.data import (
     ResponseCollator,
     Text,
     TokenizeConfig,
+    in_kind,
     length_grouped_batches,
     tokenize_preferences,
     tokenize_response,
@@ -94,9 +95,10 @@ class BradleyTerryRewardModel(nn.Module):
     ) -> list[float]:
         """Rewards of responses, each to its prompt, in order; NaN for an empty one."""
         places = [place for place, response in enumerate(responses) if response.strip()]
-        tokenized = [tokenize_response(tokenizer, prompts[place], responses[place], config) for place in places]
+        texts = [(prompts[place], in_kind(prompts[place], responses[place])) for place in places]
+        rows = [tokenize_response(tokenizer, *text, config)._asdict() for text in texts]
         rewards = [float("nan")] * len(responses)
-        for place, value in zip(places, self.score([row._asdict() for row in tokenized], batch_size=batch_size), strict=True):
+        for place, value in zip(places, self.score(rows, batch_size=batch_size), strict=True):
             rewards[place] = value
         return rewards
 

@@ -70,9 +70,9 @@ def test_a_reward_of_other_weights_is_refused(folder: Path, make_reward: Make, m
 def test_scoring_text(folder: Path, make_config: Make) -> None:
     model, tokenizer = BradleyTerryRewardModel.from_causal_lm(folder), load_tokenizer(folder)
     torch.nn.init.ones_(model.head.weight)
-    score = model.scorer(tokenizer, make_config(confidence_source="fixed").tokenize_config())
-    both = score("Once upon a time", [" there was a dog.", " a cat sat."])
-    assert both == pytest.approx(
-        [score("Once upon a time", [text])[0] for text in (" there was a dog.", " a cat sat.")]
-    )
+    config = make_config(confidence_source="fixed").tokenize_config()
+    responses = [" there was a dog.", " a cat sat."]
+    both = model.score_responses(tokenizer, ["Once upon a time"] * 2, responses, config)
+    alone = [model.score_responses(tokenizer, ["Once upon a time"], [text], config)[0] for text in responses]
+    assert both == pytest.approx(alone)
     assert len(set(both)) == 2
