@@ -2,7 +2,7 @@
 
 from reprdpo.data.collate import IGNORE_INDEX, PreferenceCollator, ResponseCollator, length_grouped_batches
 from reprdpo.data.readers import load_preferences, load_prompts, load_responses
-from reprdpo.data.schema import Message, Text, in_kind
+from reprdpo.data.schema import Message, Text, in_kind, is_empty
 from reprdpo.data.tokenize import (
     PromptTooLongError,
     TokenizeConfig,
@@ -27,6 +27,7 @@ __all__ = [
     "TokenizedPair",
     "TokenizedResponse",
     "in_kind",
+    "is_empty",
     "length_grouped_batches",
     "load_preferences",
     "load_prompts",

@@ -49,9 +49,17 @@ def kind_of(text: Text) -> Kind:
     return "plain" if isinstance(text, str) else "chat"
 
 
-def in_kind(prompt: Text, response: str) -> Text:
+def in_kind(prompt: Text, response: Text) -> Text:
     """The response in the prompt's kind: a text beside a text, an assistant's message beside a chat."""
-    return response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
+    if isinstance(prompt, str) or not isinstance(response, str):
+        return response
+    return [{"role": "assistant", "content": response}]
+
+
+def is_empty(text: Text) -> bool:
+    """Whether a text or chat says nothing."""
+    parts = [text] if isinstance(text, str) else [message["content"] for message in text]
+    return not any(part.strip() for part in parts)
 
 
 def normalise_row(row: Any, schema: Schema, *, required_labels: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -6,7 +6,14 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reprdpo.data import ResponseCollator, TokenizeConfig, in_kind, length_grouped_batches, tokenize_response
+from reprdpo.data import (
+    ResponseCollator,
+    TokenizeConfig,
+    in_kind,
+    is_empty,
+    length_grouped_batches,
+    tokenize_response,
+)
 from reprdpo.errors import UserError
 from reprdpo.reward import HybridReward, pool_states
 from reprdpo.sampling.engine import Prompt

@@ -23,6 +23,7 @@ from reprdpo.data import (
     Text,
     TokenizeConfig,
     in_kind,
+    is_empty,
     length_grouped_batches,
     tokenize_preferences,
     tokenize_response,
@@ -88,13 +89,13 @@ class BradleyTerryRewardModel(nn.Module):
         self,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Text],
-        responses: Sequence[str],
+        responses: Sequence[Text],
         config: TokenizeConfig,
         *,
         batch_size: int = 64,
     ) -> list[float]:
         """Rewards of responses, each to its prompt, in order; NaN for an empty one."""
-        places = [place for place, response in enumerate(responses) if response.strip()]
+        places = [place for place, response in enumerate(responses) if not is_empty(response)]
         texts = [(prompts[place], in_kind(prompts[place], responses[place])) for place in places]
         rows = [tokenize_response(tokenizer, *text, config)._asdict() for text in texts]
         rewards = [float("nan")] * len(responses)
