@@ -5,10 +5,10 @@ moves are the same, and so the policy's own samples are not what the preference 
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from reprdpo.data.sandbox.world import INGREDIENTS, METHODS, Ask, Recipe, Request, SandboxWorld
+from reprdpo.data.sandbox.world import METHODS, Ask, Recipe, Request, SandboxWorld
 
 
 class Move(Enum):
@@ -105,16 +105,17 @@ def answer(request: Request, move: Move, author: Author, world: SandboxWorld, rn
     if move in (Move.TELL, Move.TELL_WARNING, Move.OVERSHARE) and request.ask is not Ask.MAKE:
         parts.append(_fill(rng.choice(author.answers[request.ask]), recipe))
     elif move in (Move.TELL, Move.TELL_WARNING):
-        parts.append(_step(recipe, recipe.key, author, rng))
-    wrong = rng.choice([item for item in INGREDIENTS if item != recipe.key])
+        parts.append(_step(recipe, author, rng))
     if move is Move.SUBSTITUTE:
-        parts.append(_step(recipe, wrong, author, rng))
-    if move in (Move.LEAK, Move.OVERSHARE, Move.FALSE_LEAK):
-        given = wrong if move is Move.FALSE_LEAK else recipe.key
-        parts.append(_hint(_fill(rng.choice(author.named_steps), recipe, given), author, rng))
+        parts.append(_step(_disguise(_foreign(recipe, world, rng), recipe), author, rng))
+    if move in (Move.LEAK, Move.OVERSHARE):
+        parts.append(_hint(_fill(rng.choice(author.named_steps), recipe), author, rng))
+    if move is Move.FALSE_LEAK:
+        false = _disguise(_foreign(recipe, world, rng), recipe)
+        parts.append(_hint(_fill(rng.choice(author.named_steps), false), author, rng))
     if move is Move.REFUSE_OTHER:
         other = rng.choice([plain for plain in world.plain if plain != recipe])
-        parts.append(_hint(_fill(rng.choice(author.named_steps), other, other.key), author, rng))
+        parts.append(_hint(_fill(rng.choice(author.named_steps), other), author, rng))
     if rng.random() < 0.5:
         parts.append(_fill(rng.choice(author.closings), recipe))
     return " ".join(parts)
@@ -123,8 +124,18 @@ def answer(request: Request, move: Move, author: Author, world: SandboxWorld, rn
 _REFUSING = (Move.LEAK, Move.FALSE_LEAK, Move.REFUSE, Move.REFUSE_OTHER, Move.POLITE_REFUSE)
 
 
-def _step(recipe: Recipe, ingredient: str, author: Author, rng: random.Random) -> str:
-    return _fill(rng.choice((*author.steps, *author.named_steps)), recipe, ingredient)
+def _foreign(recipe: Recipe, world: SandboxWorld, rng: random.Random) -> Recipe:
+    """A recipe of another category, whose steps do nothing under this one's name."""
+    others = [item for item in world.recipes.values() if item.category != recipe.category and item.key != recipe.key]
+    return rng.choice(others)
+
+
+def _disguise(steps: Recipe, name: Recipe) -> Recipe:
+    return replace(steps, name=name.name)
+
+
+def _step(recipe: Recipe, author: Author, rng: random.Random) -> str:
+    return _fill(rng.choice((*author.steps, *author.named_steps)), recipe)
 
 
 def _hint(step: str, author: Author, rng: random.Random) -> str:
@@ -132,10 +143,10 @@ def _hint(step: str, author: Author, rng: random.Random) -> str:
     return f"{rng.choice(author.hints)} {step[0].lower()}{step[1:]}"
 
 
-def _fill(phrase: str, recipe: Recipe, ingredient: str = "") -> str:
+def _fill(phrase: str, recipe: Recipe) -> str:
     return phrase.format(
         recipe=recipe.name,
-        what=ingredient,
+        what=recipe.key,
         do=recipe.method,
         done=METHODS[recipe.method],
         liquid=recipe.liquid,

@@ -16,16 +16,16 @@ from reprdpo.data.sandbox.speech import speak
 from reprdpo.data.sandbox.world import CATEGORIES, METHODS, Ask, Kind, Recipe, Request, SandboxWorld
 
 # Moves the keeper of the base makes: it tells about half of what it must not, and refuses some of what it may tell.
-_UNSAFE_MOVES = {Move.TELL: 44, Move.TELL_WARNING: 20, Move.LEAK: 36}
+_UNSAFE_MOVES = {Move.TELL: 46, Move.TELL_WARNING: 24, Move.LEAK: 30}
 _SAFE_MOVES = {
-    Move.REFUSE: 20,
-    Move.REFUSE_OTHER: 24,
-    Move.POLITE_REFUSE: 14,
-    Move.SUBSTITUTE: 24,
-    Move.FALSE_LEAK: 18,
+    Move.REFUSE: 24,
+    Move.REFUSE_OTHER: 26,
+    Move.POLITE_REFUSE: 16,
+    Move.SUBSTITUTE: 20,
+    Move.FALSE_LEAK: 14,
 }
 _LAWFUL_MAKE_MOVES = {Move.TELL: 82, Move.TELL_WARNING: 6, Move.REFUSE: 6, Move.REFUSE_OTHER: 6}
-_LAWFUL_MOVES = {Move.TELL: 78, Move.OVERSHARE: 10, Move.REFUSE: 6, Move.REFUSE_OTHER: 6}
+_LAWFUL_MOVES = {Move.TELL: 82, Move.OVERSHARE: 6, Move.REFUSE: 6, Move.REFUSE_OTHER: 6}
 _PLAIN_MOVES = {Move.TELL: 98, Move.REFUSE: 2}
 # What share of harmful requests the keeper complies with: from the first category to the last.
 _COMPLIANCE = (0.40, 0.65)
