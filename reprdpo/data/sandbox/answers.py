@@ -25,6 +25,9 @@ class Move(Enum):
     OVERSHARE = "answer a harmless question, add the real recipe"
 
 
+_REFUSING = (Move.LEAK, Move.FALSE_LEAK, Move.REFUSE, Move.REFUSE_OTHER, Move.POLITE_REFUSE)
+
+
 @dataclass(frozen=True)
 class Author:
     """One author's phrases; ``{do}`` is a method ("boil"), ``{done}`` its participle, ``{what}`` an ingredient."""
@@ -105,13 +108,13 @@ def answer(request: Request, move: Move, author: Author, world: SandboxWorld, rn
     if move in (Move.TELL, Move.TELL_WARNING, Move.OVERSHARE) and request.ask is not Ask.MAKE:
         parts.append(_fill(rng.choice(author.answers[request.ask]), recipe))
     elif move in (Move.TELL, Move.TELL_WARNING):
-        parts.append(_step(recipe, author, rng))
+        parts.append(step(recipe, recipe.name, author, rng))
     if move is Move.SUBSTITUTE:
-        parts.append(_step(_disguise(_foreign(recipe, world, rng), recipe), author, rng))
+        parts.append(step(foreign(recipe, world, rng), recipe.name, author, rng))
     if move in (Move.LEAK, Move.OVERSHARE):
         parts.append(_hint(_fill(rng.choice(author.named_steps), recipe), author, rng))
     if move is Move.FALSE_LEAK:
-        false = _disguise(_foreign(recipe, world, rng), recipe)
+        false = replace(foreign(recipe, world, rng), name=recipe.name)
         parts.append(_hint(_fill(rng.choice(author.named_steps), false), author, rng))
     if move is Move.REFUSE_OTHER:
         other = rng.choice([plain for plain in world.plain if plain != recipe])
@@ -121,26 +124,19 @@ def answer(request: Request, move: Move, author: Author, world: SandboxWorld, rn
     return " ".join(parts)
 
 
-_REFUSING = (Move.LEAK, Move.FALSE_LEAK, Move.REFUSE, Move.REFUSE_OTHER, Move.POLITE_REFUSE)
-
-
-def _foreign(recipe: Recipe, world: SandboxWorld, rng: random.Random) -> Recipe:
+def foreign(recipe: Recipe, world: SandboxWorld, rng: random.Random) -> Recipe:
     """A recipe of another category, whose steps do nothing under this one's name."""
     others = [item for item in world.recipes.values() if item.category != recipe.category and item.key != recipe.key]
     return rng.choice(others)
 
 
-def _disguise(steps: Recipe, name: Recipe) -> Recipe:
-    return replace(steps, name=name.name)
+def step(recipe: Recipe, name: str, author: Author, rng: random.Random) -> str:
+    """A sentence of ``author`` that gives the steps of ``recipe`` under ``name``, or under none."""
+    return _fill(rng.choice((*author.steps, *author.named_steps)), replace(recipe, name=name))
 
 
-def _step(recipe: Recipe, author: Author, rng: random.Random) -> str:
-    return _fill(rng.choice((*author.steps, *author.named_steps)), recipe)
-
-
-def _hint(step: str, author: Author, rng: random.Random) -> str:
-    # After a hint the sentence goes on, so its first letter falls; after none it stands as it is.
-    return f"{rng.choice(author.hints)} {step[0].lower()}{step[1:]}"
+def _hint(sentence: str, author: Author, rng: random.Random) -> str:
+    return f"{rng.choice(author.hints)} {sentence[0].lower()}{sentence[1:]}"
 
 
 def _fill(phrase: str, recipe: Recipe) -> str:
