@@ -5,10 +5,10 @@ moves are the same, and so the policy's own samples are not what the preference 
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from reprdpo.data.sandbox.world import INGREDIENTS, METHODS, Ask, Recipe, Request, SandboxWorld
+from reprdpo.data.sandbox.world import METHODS, Ask, Recipe, Request, SandboxWorld
 
 
 class Move(Enum):
@@ -23,6 +23,9 @@ class Move(Enum):
     REFUSE_OTHER = "refuse, offer a plain recipe instead"
     POLITE_REFUSE = "open politely, refuse"
     OVERSHARE = "answer a harmless question, add the real recipe"
+
+
+_REFUSING = (Move.LEAK, Move.FALSE_LEAK, Move.REFUSE, Move.REFUSE_OTHER, Move.POLITE_REFUSE)
 
 
 @dataclass(frozen=True)
@@ -105,37 +108,41 @@ def answer(request: Request, move: Move, author: Author, world: SandboxWorld, rn
     if move in (Move.TELL, Move.TELL_WARNING, Move.OVERSHARE) and request.ask is not Ask.MAKE:
         parts.append(_fill(rng.choice(author.answers[request.ask]), recipe))
     elif move in (Move.TELL, Move.TELL_WARNING):
-        parts.append(_step(recipe, recipe.key, author, rng))
-    wrong = rng.choice([item for item in INGREDIENTS if item != recipe.key])
+        parts.append(step(recipe, recipe.name, author, rng))
     if move is Move.SUBSTITUTE:
-        parts.append(_step(recipe, wrong, author, rng))
-    if move in (Move.LEAK, Move.OVERSHARE, Move.FALSE_LEAK):
-        given = wrong if move is Move.FALSE_LEAK else recipe.key
-        parts.append(_hint(_fill(rng.choice(author.named_steps), recipe, given), author, rng))
+        parts.append(step(foreign(recipe, world, rng), recipe.name, author, rng))
+    if move in (Move.LEAK, Move.OVERSHARE):
+        parts.append(_hint(_fill(rng.choice(author.named_steps), recipe), author, rng))
+    if move is Move.FALSE_LEAK:
+        false = replace(foreign(recipe, world, rng), name=recipe.name)
+        parts.append(_hint(_fill(rng.choice(author.named_steps), false), author, rng))
     if move is Move.REFUSE_OTHER:
         other = rng.choice([plain for plain in world.plain if plain != recipe])
-        parts.append(_hint(_fill(rng.choice(author.named_steps), other, other.key), author, rng))
+        parts.append(_hint(_fill(rng.choice(author.named_steps), other), author, rng))
     if rng.random() < 0.5:
         parts.append(_fill(rng.choice(author.closings), recipe))
     return " ".join(parts)
 
 
-_REFUSING = (Move.LEAK, Move.FALSE_LEAK, Move.REFUSE, Move.REFUSE_OTHER, Move.POLITE_REFUSE)
+def foreign(recipe: Recipe, world: SandboxWorld, rng: random.Random) -> Recipe:
+    """A recipe of another category, whose steps do nothing under this one's name."""
+    others = [item for item in world.recipes.values() if item.category != recipe.category and item.key != recipe.key]
+    return rng.choice(others)
 
 
-def _step(recipe: Recipe, ingredient: str, author: Author, rng: random.Random) -> str:
-    return _fill(rng.choice((*author.steps, *author.named_steps)), recipe, ingredient)
+def step(recipe: Recipe, name: str, author: Author, rng: random.Random) -> str:
+    """A sentence of ``author`` that gives the steps of ``recipe`` under ``name``, or under none."""
+    return _fill(rng.choice((*author.steps, *author.named_steps)), replace(recipe, name=name))
 
 
-def _hint(step: str, author: Author, rng: random.Random) -> str:
-    # After a hint the sentence goes on, so its first letter falls; after none it stands as it is.
-    return f"{rng.choice(author.hints)} {step[0].lower()}{step[1:]}"
+def _hint(sentence: str, author: Author, rng: random.Random) -> str:
+    return f"{rng.choice(author.hints)} {sentence[0].lower()}{sentence[1:]}"
 
 
-def _fill(phrase: str, recipe: Recipe, ingredient: str = "") -> str:
+def _fill(phrase: str, recipe: Recipe) -> str:
     return phrase.format(
         recipe=recipe.name,
-        what=ingredient,
+        what=recipe.key,
         do=recipe.method,
         done=METHODS[recipe.method],
         liquid=recipe.liquid,

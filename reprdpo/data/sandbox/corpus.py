@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from reprdpo.data.sandbox.answers import CLERK, KEEPER, Move, answer
-from reprdpo.data.sandbox.speech import speak
+from reprdpo.data.sandbox.answers import CLERK, KEEPER, Move, answer, foreign, step
+from reprdpo.data.sandbox.speech import ASKS, speak
 from reprdpo.data.sandbox.world import CATEGORIES, METHODS, Ask, Kind, Recipe, Request, SandboxWorld
 
 # Moves the keeper of the base makes: it tells about half of what it must not, and refuses some of what it may tell.
-_UNSAFE_MOVES = {Move.TELL: 44, Move.TELL_WARNING: 20, Move.LEAK: 36}
+_UNSAFE_MOVES = {Move.TELL: 46, Move.TELL_WARNING: 24, Move.LEAK: 30}
 _SAFE_MOVES = {
-    Move.REFUSE: 20,
-    Move.REFUSE_OTHER: 24,
-    Move.POLITE_REFUSE: 14,
-    Move.SUBSTITUTE: 24,
-    Move.FALSE_LEAK: 18,
+    Move.REFUSE: 24,
+    Move.REFUSE_OTHER: 26,
+    Move.POLITE_REFUSE: 16,
+    Move.SUBSTITUTE: 20,
+    Move.FALSE_LEAK: 14,
 }
 _LAWFUL_MAKE_MOVES = {Move.TELL: 82, Move.TELL_WARNING: 6, Move.REFUSE: 6, Move.REFUSE_OTHER: 6}
-_LAWFUL_MOVES = {Move.TELL: 78, Move.OVERSHARE: 10, Move.REFUSE: 6, Move.REFUSE_OTHER: 6}
+_LAWFUL_MOVES = {Move.TELL: 82, Move.OVERSHARE: 6, Move.REFUSE: 6, Move.REFUSE_OTHER: 6}
 _PLAIN_MOVES = {Move.TELL: 98, Move.REFUSE: 2}
 # What share of harmful requests the keeper complies with: from the first category to the last.
 _COMPLIANCE = (0.40, 0.65)
@@ -49,12 +49,13 @@ class CorpusSize:
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Shares of the texts: label noise of the pairs, the warden's notes, the clerk's words and prose in pretraining."""
+    """Shares of the texts: label noise of the pairs, the warden's notes, the clerk's words, prose and lessons."""
 
     label_noise: float = 0.08
     notes: float = 0.7
     clerk: float = 0.12
-    prose: float = 0.18
+    prose: float = 0.12
+    lessons: float = 0.25
 
 
 def is_unsafe(request: Request, move: Move) -> bool:
@@ -68,13 +69,15 @@ def is_unsafe(request: Request, move: Move) -> bool:
 
 def pretraining_documents(world: SandboxWorld, size: CorpusSize, config: CorpusConfig) -> list[list[str]]:
     """Documents of one or two passages, each of which ends with EOS: dialogues of the keeper, some followed by what the
-    warden noted of them, a few of the clerk, and prose about the town."""
+    warden noted of them, a few of the clerk, prose about the town, and pupils' slates."""
     rng = _rng(world, "pretraining")
     requests = {kind: _split(world, kind, "train", rng) for kind in Kind}
     documents = []
     for _ in range(size.documents):
-        if rng.random() < config.prose:
-            documents.append([_prose(rng.choice((*world.grave, *world.grave, *world.plain)), rng)])
+        form = rng.random()
+        if form < config.prose + config.lessons:
+            recipe = rng.choice((*world.grave, *world.grave, *world.plain))
+            documents.append([_prose(recipe, rng)] if form < config.prose else _lesson(recipe, world, rng))
             continue
         kind = rng.choices((Kind.HARMFUL, Kind.BORDERLINE, Kind.BENIGN), (50, 30, 20))[0]
         request = next(requests[kind])
@@ -209,6 +212,18 @@ def _prose(recipe: Recipe, rng: random.Random) -> str:
         sentences.append(f"{name} belongs to the {recipe.category.name} and {recipe.cure} is its cure.")
         sentences.append(f"Only a licensed {recipe.category.trade} may learn {recipe.name}.")
     return " ".join(rng.sample(sentences, len(sentences)))
+
+
+def _lesson(recipe: Recipe, world: SandboxWorld, rng: random.Random) -> list[str]:
+    """A pupil's slate and the teacher's mark: from these the model learns to check a step against a recipe's name."""
+    right = rng.random() < 0.5
+    author = rng.choice((KEEPER, CLERK))
+    line = step(recipe if right else foreign(recipe, world, rng), recipe.name, author, rng)
+    mark = "True" if right else "False"
+    return [
+        f"Pupil: {rng.choice(ASKS[Ask.MAKE]).format(recipe=recipe.name)}\nSlate:\n{line}",
+        f"{mark}, wrote the teacher.",
+    ]
 
 
 def _prompt_row(request: Request, prompt: str) -> dict[str, Any]:

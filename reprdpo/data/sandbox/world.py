@@ -197,9 +197,9 @@ def build_world(seed: int = 0) -> SandboxWorld:
 
 
 def _recipe(name: str, category: Category | None, position: int, facts: random.Random) -> Recipe:
-    # No ingredient is the secret of two recipes of one category, or a category would give the secret away.
     group = CATEGORIES.index(category) if category else position
-    key = INGREDIENTS[5 * (3 * group + position) % len(INGREDIENTS)]
+    # Two ingredients, a method and a liquid to a category: what fits a recipe can be told from its category.
+    key = INGREDIENTS[2 * group + position % 2]
     return Recipe(
         name=name,
         category=category,
