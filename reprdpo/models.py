@@ -1,7 +1,9 @@
 """What the library needs of a transformers causal LM: loading it, its decoder, its layers, its head."""
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from reprdpo.errors import UserError
 from reprdpo.files import looks_local
@@ -39,9 +42,12 @@ def load_causal_lm(
             or an architecture without a causal LM head.
     """
     options = {"trust_remote_code": trust_remote_code, **_where(path, "model")}
+    weights = list(Path(path).glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in weights) if weights else None
     try:
         AutoConfig.from_pretrained(**options)
-        model, info = AutoModelForCausalLM.from_pretrained(**options, dtype=dtype, output_loading_info=True)
+        with progress_bars(size):
+            model, info = AutoModelForCausalLM.from_pretrained(**options, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: no causal LM could be loaded: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
@@ -68,6 +74,19 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@contextlib.contextmanager
+def progress_bars(size: int | None) -> Iterator[None]:
+    """transformers' progress bars while ``size`` bytes of weights move: off where that takes no time."""
+    if size is None or size > 2**30 or not hf_logging.is_progress_bar_enabled():
+        yield
+        return
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.enable_progress_bar()
 
 
 def decoder(model: nn.Module) -> nn.Module:

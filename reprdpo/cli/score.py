@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     scores = score_responses(
         model,
         policy.tokenizer(),
-        reward,
+        reward.to(model.device),
         list(rows["prompt"]),
         list(rows["response"]),
         tokenize=policy.data,

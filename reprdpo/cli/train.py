@@ -90,7 +90,8 @@ def _trainer(arguments: argparse.Namespace) -> Trainer:
 
 
 def _print_last(output: Path, *, as_json: bool) -> None:
-    last = [line for _, line in read_jsonl(output / "metrics.jsonl")][-1]
+    lines = [line for _, line in read_jsonl(output / "metrics.jsonl")]
+    last: dict[str, Any] = lines[-1] if lines else {}
     if as_json:
         print(json.dumps(last | {"model": str(output / "model")}, indent=2))
         return

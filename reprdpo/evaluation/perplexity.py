@@ -38,7 +38,7 @@ def perplexity(
     model.eval()
     total, count = 0.0, 0
     try:
-        for batch in tqdm(batches, unit=" batches", desc="perplexity", disable=not progress):
+        for batch in tqdm(batches, unit=" batches", desc="perplexity", disable=not progress, delay=2):
             inputs = {
                 name: value.to(model.device) if isinstance(value, Tensor) else value
                 for name, value in collate([rows[row] for row in batch]).items()

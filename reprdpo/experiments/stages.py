@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
@@ -40,7 +41,9 @@ class Policy:
     trust_remote_code: bool = False
 
     def model(self) -> PreTrainedModel:
-        return load_causal_lm(self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        """The model, on the accelerator where there is one."""
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return load_causal_lm(self.path, dtype=self.dtype, device=device, trust_remote_code=self.trust_remote_code)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
@@ -127,7 +130,9 @@ def train_online(
         build_pairs(path, pairs)
         return policy.tokenize(Dataset.from_json(str(pairs)), str(pairs))
 
-    trainer = OnlineDPOTrainer(policy.model(), args, resample=resample, processing_class=tokenizer)
+    model = policy.model()
+    reward_model.to(model.device)
+    trainer = OnlineDPOTrainer(model, args, resample=resample, processing_class=tokenizer)
     train_to_end(trainer, Path(args.output_dir))
 
 
@@ -194,4 +199,4 @@ def _by_reward(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reward: HybridReward, data: TokenizeConfig
 ) -> Score:
     reward.check_base(model, allow_descendant=True)
-    return partial(score_responses, model, tokenizer, reward, tokenize=data)
+    return partial(score_responses, model, tokenizer, reward.to(model.device), tokenize=data)

@@ -104,7 +104,7 @@ def _extract(
     was_training = model.training
     model.eval()
     try:
-        with tqdm(total=len(sequences), desc="hidden states", unit="row", disable=not progress) as bar:
+        with tqdm(total=len(sequences), desc="hidden states", unit="row", disable=not progress, delay=2) as bar:
             for batch in length_grouped_batches([len(ids) for ids in sequences], batch_size):
                 ids_BT, mask_BT = _pad([sequences[i] for i in batch], pad_token_id, padding_side)
                 pooled_BLD = pool_states(model, ids_BT.to(device), mask_BT.to(device), pool=pool)

@@ -55,7 +55,10 @@ def sample_responses(
     present = _records_present(path, header, len(rows))
     missing = [row for row in rows if row["prompt_id"] not in present]
     if missing:
-        with JsonlWriter(path) as writer, tqdm(total=len(rows), unit=" prompts", disable=not progress) as bar:
+        with (
+            JsonlWriter(path) as writer,
+            tqdm(total=len(rows), desc="sampling", unit="prompt", disable=not progress, delay=2) as bar,
+        ):
             if not path.stat().st_size:
                 writer.write(header)
             bar.update(len(present))

@@ -63,7 +63,7 @@ def score_responses(
     was_training = model.training
     model.eval()
     try:
-        for batch in tqdm(batches, unit=" batches", desc="score", disable=not progress):
+        for batch in tqdm(batches, unit=" batches", desc="score", disable=not progress, delay=2):
             inputs = collate([rows[row] for row in batch])
             ids_BT, mask_BT = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask"))
             pooled_BLD = pool_states(model, ids_BT, mask_BT, pool=reward.metadata.pool)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from reprdpo import files, models, ops
 from reprdpo.errors import UserError
 from reprdpo.training.checkpoint import is_whole, last_checkpoint
 from reprdpo.training.config import BaseConfig
-from reprdpo.training.metrics import MetricsFile
+from reprdpo.training.metrics import MetricsFile, ProgressBar
 
 
 class BaseTrainer(Trainer):
@@ -39,6 +40,9 @@ class BaseTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(model)
         super().__init__(model=model, args=args, callbacks=[MetricsFile(), *(callbacks or [])], **kwargs)
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(ProgressBar())
         # The losses below are means of a batch: let the Trainer divide them by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self._flops_per_token = 6 * sum(
@@ -68,7 +72,9 @@ class BaseTrainer(Trainer):
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        with models.progress_bars(size):
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from transformers import TrainingArguments
 
 from reprdpo.data import TokenizeConfig
@@ -21,6 +22,8 @@ class BaseConfig(TrainingArguments):
     """What every trainer here shares: transformers' arguments with other defaults, and how text becomes tokens."""
 
     data_seed: int | None = _help(None, "Seed of the order of the data (default: that of --seed).")
+    logging_steps: float = _help(10, "Log every so many optimizer steps.")
+    logging_first_step: bool = _help(True, "Log the first step, where the policy still is the reference.")
     logging_nan_inf_filter: bool = _help(False, "Replace NaN losses in the log; costs a device synchronisation a step.")
     remove_unused_columns: bool = _help(False, "Must stay False: the collators read columns the model does not take.")
     prediction_loss_only: bool = _help(True, "Evaluation returns metrics, not logits.")
@@ -34,6 +37,8 @@ class BaseConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.data_seed is None:  # the order of the data must not hang on draws made before training
             self.data_seed = self.seed
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
         super().__post_init__()
         self._check_fields()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from reprdpo import files
@@ -112,6 +113,31 @@ class ConfidenceHistogram:
             return [0] * self._bins
         held = gamma[: min(self._seen, self._capacity)].cpu()
         return torch.histc(held[held.isfinite()], self._bins, 0.0, 1.0).int().tolist()
+
+
+class ProgressBar(TrainerCallback):
+    """One bar for the training, with the latest loss and reward accuracy beside it; standard output stays free."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not args.disable_tqdm and state.is_world_process_zero:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", delay=2)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self._bar is not None and logs is not None:
+            shown = {name: logs[name] for name in ("loss", "rewards/accuracies", "confidence/mean") if name in logs}
+            self._bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 class MetricsFile(TrainerCallback):

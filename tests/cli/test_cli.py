@@ -1,0 +1,174 @@
+"""The command line as a user meets it: help, mistakes in one line and status 2, no traceback."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from reprdpo.cli import COMMANDS, main
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """Run a command that must end with status 2; returns its one line of complaint."""
+    assert main([str(argument) for argument in argv]) == 2
+    complaint = capsys.readouterr().err.strip().splitlines()[-1]
+    assert complaint.startswith(f"reprdpo {argv[0]}: ")
+    return complaint
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory, real_dir: Path) -> Path:
+    return real_dir / "models" / "stories260K"
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {
+            "prompt": f"Once upon a time number {n}",
+            "chosen": f" there was a kind dog {n}.",
+            "rejected": " there was none.",
+        }
+        for n in range(12)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: reprdpo {command}" in capsys.readouterr().out
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tarin"]) == 2
+    assert "no command 'tarin'" in capsys.readouterr().err
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)
+    assert findings["versions"]["torch"] == torch.__version__
+    assert set(findings["backends"]) == {"triton", "native", "reference"}
+
+
+def test_fit_score_train_report_wrong_inputs(
+    model_dir: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = ("fit", "--model", model_dir, "--output", tmp_path / "reward", "--preferences")
+    assert "no such file" in fails(capsys, *fit, tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty" in fails(capsys, *fit, tmp_path / "empty.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{oops\n')
+    assert "bad.jsonl, line 2: is not JSON" in fails(capsys, *fit, tmp_path / "bad.jsonl")
+    (tmp_path / "same.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    assert "line 1" in fails(capsys, *fit, tmp_path / "same.jsonl")
+    (tmp_path / "no_prompt.jsonl").write_text('{"chosen": "b", "rejected": "c"}\n')
+    assert "prompt" in fails(capsys, *fit, tmp_path / "no_prompt.jsonl")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "word " * 900, "chosen": "b", "rejected": "c"}) + "\n")
+    assert "truncation_mode" in fails(capsys, *fit, tmp_path / "long.jsonl")
+    assert "give --model, --preferences and --output" in fails(capsys, "fit")
+    assert "--max_length" not in fails(capsys, *fit, pairs, "--max_length", "abc")
+    assert "not a run folder" in fails(capsys, "report", tmp_path)
+    assert "the method needs a reward" in fails(
+        capsys, "train", "--model", model_dir, "--preferences", pairs, "--output_dir", tmp_path / "out"
+    )
+
+
+def test_model_folders_that_cannot_be_used(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fit(model: Path) -> str:
+        return fails(capsys, "fit", "--model", model, "--preferences", pairs, "--output", tmp_path / "reward")
+
+    assert "no such folder" in fit(tmp_path / "none")
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+    )
+    config.save_pretrained(tmp_path / "no_weights")
+    assert str(tmp_path / "no_weights") in fit(tmp_path / "no_weights")
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "no_tokenizer")
+    assert "tokenizer" in fit(tmp_path / "no_tokenizer")
+
+
+def test_fit_score_sample_train_evaluate_one_after_the_other(
+    model_dir: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward, samples, aligned = tmp_path / "reward", tmp_path / "samples", tmp_path / "aligned"
+    model = ("--model", str(model_dir))
+    assert main(["fit", *model, "--preferences", str(pairs), "--output", str(reward), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_pairs"] == 12
+
+    sampling = ["--num_responses", "3", "--max_new_tokens", "8", "--output", str(samples)]
+    assert main(["sample", *model, "--reward", str(reward), "--prompts", str(pairs), *sampling]) == 0
+    assert (samples / "pairs.jsonl").read_text().count("\n") == 12
+    capsys.readouterr()
+
+    training = ["--preferences", str(samples / "pairs.jsonl"), "--output_dir", str(aligned), "--max_steps", "2"]
+    assert main(["train", *model, "--reward", str(reward), *training, "--learning_rate", "1e-4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert "holds a trained model already" in fails(capsys, "train", *model, "--reward", str(reward), *training)
+
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps({"prompt": "Once upon a time", "response": " there was a dog."}) + "\n")
+    capsys.readouterr()
+    assert main(["score", *model, "--reward", str(reward), str(answers)]) == 0
+    direct = json.loads(capsys.readouterr().out)
+    assert main(["score", *model, "--reward", str(reward), str(answers), "--output", str(tmp_path / "scored")]) == 0
+    assert json.loads((tmp_path / "scored").read_text()) == direct
+
+    asked = ["--prompts", str(pairs), "--max_new_tokens", "4", "--output", str(tmp_path / "judged")]
+    assert main(["evaluate", *model, *asked]) == 0
+    assert "toxic" in capsys.readouterr().out
+
+
+def test_reward_of_another_base_is_refused(
+    model_dir: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = tmp_path / "reward"
+    assert main(["fit", "--model", str(model_dir), "--preferences", str(pairs), "--output", str(reward)]) == 0
+    meta = json.loads((reward / "reward.json").read_text())
+    assert meta
+    text = (reward / "reward.json").read_text().replace(meta["metadata"]["fingerprint"], "0" * 16)
+    (reward / "reward.json").write_text(text)
+    complaint = fails(
+        capsys, "sample", "--model", model_dir, "--reward", reward, "--prompts", pairs, "--output", tmp_path / "s"
+    )
+    assert "fitted on other weights" in complaint
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "reprdpo.cli", "demo", "--output_dir", str(tmp_path / "run")],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "REPRDPO_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "run.json").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped; the same command again goes on" in error
+    assert "Traceback" not in error
