@@ -62,7 +62,7 @@ def _ordering(below: str, above: str, outcomes: dict[str, Outcomes]) -> dict[str
         "low": found.low,
         "high": found.high,
         "p": found.p,
-        "detail": found.describe(),
+        "detail": found.describe().removeprefix(f"{found.verdict}: "),
     }
 
 

@@ -69,12 +69,17 @@ def seeds_table(run: Run) -> Table:
 def category_table(run: Run) -> Table:
     """Toxic rate by category (rows) and system (columns), the seeds' counts pooled."""
     systems = list(dict.fromkeys(row.system for row in run.evaluations))
-    categories = sorted({name for row in run.evaluations for name in row.by_category})
+    categories = sorted({name for row in run.evaluations for name in row.by_category}, key=_natural)
     rows = []
     for category in categories:
         rates = [_pooled([row for row in run.evaluations if row.system == system], category) for system in systems]
         rows.append([Cell(category, category), *(Cell(percent(r).text, r, heat=r) for r in rates)])
     return Table(["category", *(run.label(system) for system in systems)], rows)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key by which S2 comes before S10."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def cost_table(run: Run) -> Table:
