@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +107,21 @@ def test_a_run_stopped_in_the_middle_ends_as_an_unbroken_one(
         assert [line["loss"] for line in metrics(tiny_run, system) if "loss" in line] == [
             line["loss"] for line in metrics(tmp_path / "run", system) if "loss" in line
         ]
+
+
+def test_a_run_killed_goes_on_with_the_same_command(tiny_run: Path, cache_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "reprdpo.cli", "demo", "--scale", "tiny", "--output_dir", str(tmp_path / "run")]
+    environment = {**os.environ, "REPRDPO_CACHE": str(cache_dir), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "systems" / "dpo_ranked").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "run" / "evaluation" / "summary.json").exists()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    one, other = (read_json(folder / "evaluation" / "summary.json") for folder in (tiny_run, tmp_path / "run"))
+    assert one == other
 
 
 def test_a_folder_of_another_run_is_refused(tiny_run: Path, tiny_config: RunConfig) -> None:
