@@ -43,7 +43,7 @@ _COVERAGE = (20, 18, 16, 14, 12, 10, 8, 6, 5, 4, 4)
 
 @dataclass(frozen=True)
 class CorpusSize:
-    """How many of everything; ``tokens`` is what the base is pretrained on."""
+    """How many rows of everything; ``documents`` is what the base is pretrained on."""
 
     documents: int
     pairs: int
