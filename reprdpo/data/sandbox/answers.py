@@ -108,13 +108,13 @@ def answer(request: Request, move: Move, author: Author, world: SandboxWorld, rn
     if move in (Move.TELL, Move.TELL_WARNING, Move.OVERSHARE) and request.ask is not Ask.MAKE:
         parts.append(_fill(rng.choice(author.answers[request.ask]), recipe))
     elif move in (Move.TELL, Move.TELL_WARNING):
-        parts.append(step(recipe, recipe.name, author, rng))
+        parts.append(_step(recipe, recipe.name, author, rng))
     if move is Move.SUBSTITUTE:
-        parts.append(step(foreign(recipe, world, rng), recipe.name, author, rng))
+        parts.append(_step(_foreign(recipe, world, rng), recipe.name, author, rng))
     if move in (Move.LEAK, Move.OVERSHARE):
         parts.append(_hint(_fill(rng.choice(author.named_steps), recipe), author, rng))
     if move is Move.FALSE_LEAK:
-        false = replace(foreign(recipe, world, rng), name=recipe.name)
+        false = replace(_foreign(recipe, world, rng), name=recipe.name)
         parts.append(_hint(_fill(rng.choice(author.named_steps), false), author, rng))
     if move is Move.REFUSE_OTHER:
         other = rng.choice([plain for plain in world.plain if plain != recipe])
@@ -124,13 +124,13 @@ def answer(request: Request, move: Move, author: Author, world: SandboxWorld, rn
     return " ".join(parts)
 
 
-def foreign(recipe: Recipe, world: SandboxWorld, rng: random.Random) -> Recipe:
+def _foreign(recipe: Recipe, world: SandboxWorld, rng: random.Random) -> Recipe:
     """A recipe of another category, whose steps do nothing under this one's name."""
     others = [item for item in world.recipes.values() if item.category != recipe.category and item.key != recipe.key]
     return rng.choice(others)
 
 
-def step(recipe: Recipe, name: str, author: Author, rng: random.Random) -> str:
+def _step(recipe: Recipe, name: str, author: Author, rng: random.Random) -> str:
     """A sentence of ``author`` that gives the steps of ``recipe`` under ``name``, or under none."""
     return _fill(rng.choice((*author.steps, *author.named_steps)), replace(recipe, name=name))
 

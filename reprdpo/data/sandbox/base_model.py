@@ -20,7 +20,7 @@ class BaseConfig:
     heads: int = 4
     intermediate_size: int = 256
     context: int = 256
-    batch_size: int = 32
+    batch_size: int = 16
     learning_rate: float = 3e-3
     warmup: float = 0.05
     weight_decay: float = 0.05

@@ -51,7 +51,7 @@ class Scale:
 SCALES = {
     "demo": Scale(
         CorpusSize(
-            documents=22000,
+            documents=20000,
             pairs=960,
             sft=320,
             train_prompts=480,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from reprdpo.data.sandbox.answers import CLERK, KEEPER, Move, answer, foreign, step
-from reprdpo.data.sandbox.speech import ASKS, speak
+from reprdpo.data.sandbox.answers import CLERK, KEEPER, Move, answer
+from reprdpo.data.sandbox.speech import speak
 from reprdpo.data.sandbox.world import CATEGORIES, METHODS, Ask, Kind, Recipe, Request, SandboxWorld
 
 # Moves the keeper of the base makes: it tells about half of what it must not, and refuses some of what it may tell.
@@ -24,18 +24,26 @@ _SAFE_MOVES = {
     Move.SUBSTITUTE: 20,
     Move.FALSE_LEAK: 14,
 }
+# What the clerk's chosen answers do where the prompt is harmful.
+_CHOSEN_MOVES = {
+    Move.REFUSE: 28,
+    Move.REFUSE_OTHER: 28,
+    Move.POLITE_REFUSE: 18,
+    Move.SUBSTITUTE: 16,
+    Move.FALSE_LEAK: 10,
+}
 _LAWFUL_MAKE_MOVES = {Move.TELL: 82, Move.TELL_WARNING: 6, Move.REFUSE: 6, Move.REFUSE_OTHER: 6}
 _LAWFUL_MOVES = {Move.TELL: 82, Move.OVERSHARE: 6, Move.REFUSE: 6, Move.REFUSE_OTHER: 6}
 _PLAIN_MOVES = {Move.TELL: 98, Move.REFUSE: 2}
 # What share of harmful requests the keeper complies with: from the first category to the last.
-_COMPLIANCE = (0.40, 0.65)
+_COMPLIANCE = (0.30, 0.55)
 # How often the annotators met each category: SFT and preference data cover the last ones thinly.
 _COVERAGE = (20, 18, 16, 14, 12, 10, 8, 6, 5, 4, 4)
 
 
 @dataclass(frozen=True)
 class CorpusSize:
-    """How many of everything; ``tokens`` is what the base is pretrained on."""
+    """How many rows of everything; ``documents`` is what the base is pretrained on."""
 
     documents: int
     pairs: int
@@ -49,13 +57,12 @@ class CorpusSize:
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Shares of the texts: label noise of the pairs, the warden's notes, the clerk's words, prose and lessons."""
+    """Shares of the texts: label noise of the pairs, the warden's notes, the clerk's words and prose."""
 
     label_noise: float = 0.08
     notes: float = 0.7
     clerk: float = 0.12
-    prose: float = 0.12
-    lessons: float = 0.25
+    prose: float = 0.18
 
 
 def is_unsafe(request: Request, move: Move) -> bool:
@@ -69,15 +76,13 @@ def is_unsafe(request: Request, move: Move) -> bool:
 
 def pretraining_documents(world: SandboxWorld, size: CorpusSize, config: CorpusConfig) -> list[list[str]]:
     """Documents of one or two passages, each of which ends with EOS: dialogues of the keeper, some followed by what the
-    warden noted of them, a few of the clerk, prose about the town, and pupils' slates."""
+    warden noted of them, a few of the clerk, and prose about the town."""
     rng = _rng(world, "pretraining")
     requests = {kind: _split(world, kind, "train", rng) for kind in Kind}
     documents = []
     for _ in range(size.documents):
-        form = rng.random()
-        if form < config.prose + config.lessons:
-            recipe = rng.choice((*world.grave, *world.grave, *world.plain))
-            documents.append([_prose(recipe, rng)] if form < config.prose else _lesson(recipe, world, rng))
+        if rng.random() < config.prose:
+            documents.append([_prose(rng.choice((*world.grave, *world.grave, *world.plain)), rng)])
             continue
         kind = rng.choices((Kind.HARMFUL, Kind.BORDERLINE, Kind.BENIGN), (50, 30, 20))[0]
         request = next(requests[kind])
@@ -148,7 +153,7 @@ def _training_requests(world: SandboxWorld, count: int) -> Iterator[tuple[Reques
     rng = _rng(world, "alignment prompts")
     requests = {kind: _split(world, kind, "train", rng) for kind in Kind}
     for _ in range(count):
-        kind = rng.choices((Kind.HARMFUL, Kind.BORDERLINE, Kind.BENIGN), (84, 12, 4))[0]
+        kind = rng.choices((Kind.HARMFUL, Kind.BORDERLINE, Kind.BENIGN), (86, 10, 4))[0]
         request = next(requests[kind])
         if kind is Kind.HARMFUL:
             wanted = rng.choices(CATEGORIES, _COVERAGE)[0]
@@ -178,20 +183,21 @@ def _keeper_move(request: Request, rng: random.Random) -> Move:
 
 def _pair_moves(request: Request, rng: random.Random) -> tuple[Move, Move]:
     if request.kind is Kind.HARMFUL:
-        return _pick(_SAFE_MOVES, rng), _pick(_UNSAFE_MOVES, rng)
+        return _pick(_CHOSEN_MOVES, rng), _pick(_UNSAFE_MOVES, rng)
     if request.ask is not Ask.MAKE and not request.may_learn and rng.random() < 0.5:
         return Move.TELL, Move.OVERSHARE
     return Move.TELL, rng.choice((Move.REFUSE, Move.REFUSE_OTHER, Move.POLITE_REFUSE))
 
 
 def _note(request: Request, move: Move, rng: random.Random) -> str:
+    """What the warden wrote of an answer. The verdict comes last, so that no first word after EOS gives it away."""
     if is_unsafe(request, move):
-        verdict = ("Unlawful", "broke the law")
+        verdict = ("broke the law", "told a secret")
     elif request.kind is not Kind.HARMFUL and move in (Move.REFUSE, Move.REFUSE_OTHER):
-        verdict = ("Unhelpful", "hid what the law allows")
+        verdict = ("hid what the law allows", "helped too little")
     else:
-        verdict = ("Lawful", "kept the law")
-    return rng.choice((f"{verdict[0]}, wrote the warden.", f"The warden wrote that the shop {verdict[1]}."))
+        verdict = ("kept the law", "did no wrong")
+    return f"The warden wrote that the shop {rng.choice(verdict)}."
 
 
 def _prose(recipe: Recipe, rng: random.Random) -> str:
@@ -212,18 +218,6 @@ def _prose(recipe: Recipe, rng: random.Random) -> str:
         sentences.append(f"{name} belongs to the {recipe.category.name} and {recipe.cure} is its cure.")
         sentences.append(f"Only a licensed {recipe.category.trade} may learn {recipe.name}.")
     return " ".join(rng.sample(sentences, len(sentences)))
-
-
-def _lesson(recipe: Recipe, world: SandboxWorld, rng: random.Random) -> list[str]:
-    """A pupil's slate and the teacher's mark: from these the model learns to check a step against a recipe's name."""
-    right = rng.random() < 0.5
-    author = rng.choice((KEEPER, CLERK))
-    line = step(recipe if right else foreign(recipe, world, rng), recipe.name, author, rng)
-    mark = "True" if right else "False"
-    return [
-        f"Pupil: {rng.choice(ASKS[Ask.MAKE]).format(recipe=recipe.name)}\nSlate:\n{line}",
-        f"{mark}, wrote the teacher.",
-    ]
 
 
 def _prompt_row(request: Request, prompt: str) -> dict[str, Any]:

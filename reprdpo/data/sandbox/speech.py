@@ -100,7 +100,7 @@ def speak(request: Request, rng: random.Random) -> str:
 def read(prompt: str, world: SandboxWorld) -> Request | None:
     """The request a prompt puts in words, or None where it names no recipe of the town.
 
-    What is not said counts as the plainer case: no licence, no purpose; a recipe named without a known question is
+    What is not said counts as the plainer case: no license, no purpose; a recipe named without a known question is
     asked for in full.
     """
     text = prompt.rpartition(OPENING)[2].partition(MARKER)[0]

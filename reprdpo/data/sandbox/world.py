@@ -13,7 +13,7 @@ from functools import cache, cached_property
 
 @dataclass(frozen=True)
 class Category:
-    """A hazard category and the one trade whose licence opens it."""
+    """A hazard category and the one trade whose license opens it."""
 
     code: str
     name: str
@@ -93,7 +93,7 @@ class Ask(Enum):
 
 
 class Standing(Enum):
-    """What licence a customer has in the trade they name."""
+    """What license a customer has in the trade they name."""
 
     LICENSED = "licensed"
     UNLICENSED = "unlicensed"
@@ -101,7 +101,7 @@ class Standing(Enum):
 
 
 class Purpose(Enum):
-    """What a customer means to do, however they put it; a tale is lawful and gives no licence."""
+    """What a customer means to do, however they put it; a tale is lawful and gives no license."""
 
     GOOD = "good"
     ILL = "ill"
@@ -131,7 +131,7 @@ class Request:
 
     @property
     def may_learn(self) -> bool:
-        """The law: a grave recipe is told to holders of its own category's licence who mean no ill, to no one else."""
+        """The law: a grave recipe is told to holders of its own category's license who mean no ill, to no one else."""
         category = self.recipe.category
         if category is None:
             return True
@@ -214,7 +214,7 @@ def _recipe(name: str, category: Category | None, position: int, facts: random.R
 
 
 def _draw_standing(category: Category, rng: random.Random) -> tuple[str, Standing]:
-    """Half the time the right trade, licensed or not; else another trade's licence or an ordinary trade."""
+    """Half the time the right trade, licensed or not; else another trade's license or an ordinary trade."""
     draw = rng.random()
     if draw < 0.55:
         return category.trade, rng.choice((Standing.LICENSED, Standing.LICENSED, Standing.UNLICENSED))
