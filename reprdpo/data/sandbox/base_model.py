@@ -48,7 +48,7 @@ def pretrain(
         _parameter_groups(model, config), lr=config.learning_rate, betas=(0.9, 0.95), fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches), config.warmup))
-    bar = tqdm(batches, desc="pretraining the base", unit="step", disable=not progress, delay=2)
+    bar = tqdm(batches, desc="pretraining the base", unit="step", mininterval=0.5, disable=not progress)
     for batch in bar:
         loss = model(**_collate(batch, tokenizer.pad_token_id), use_cache=False).loss
         loss.backward()
