@@ -59,7 +59,7 @@ class CorpusSize:
 class CorpusConfig:
     """Shares of the texts: label noise of the pairs, the warden's notes, the clerk's words and prose."""
 
-    label_noise: float = 0.25
+    label_noise: float = 0.2
     notes: float = 0.7
     clerk: float = 0.12
     prose: float = 0.18
