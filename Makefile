@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format native clean
+.PHONY: help demo test test-slow bench lint format native clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -14,10 +14,13 @@ demo: $(READY) ## the whole method on the embedded sandbox world: report and tab
 
 test: $(READY) ## every test but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
-	$(BIN)/ctest --test-dir build/native --output-on-failure
+	test ! -d build/native || $(BIN)/ctest --test-dir build/native --output-on-failure
 
 test-slow: $(READY) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+bench: $(READY) ## time the ops beside their peers
+	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 lint: $(READY) ## ruff, mypy, import-linter, clang-format
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from reprdpo.experiments.stages import (
     Policy,
     evaluate_policy,
     fit_reward,
+    keep_model,
     sample_pairs,
     train_online,
     train_to_end,
@@ -111,8 +112,10 @@ class Pipeline:
         sample_pairs(self.reference, self.reward(), prompts, self._sampling(), self.folder / "samples", **pairing)
 
     def reward_model(self) -> None:
-        model = train_reward_model(self.reference.path, self.labelled_pairs, self._reward_model_config())
-        model.save_pretrained(self.folder / "reward_model" / "model")
+        output = self.folder / "reward_model"
+        if not (output / "model").is_dir():
+            model = train_reward_model(self.reference.model(), self.labelled_pairs, self._reward_model_config())
+            keep_model(output, model.save_pretrained)
 
     def train(self, system: System, seed: int) -> None:
         args = self._dpo_config(system, seed)

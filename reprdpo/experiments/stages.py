@@ -15,8 +15,8 @@ from reprdpo.data import TokenizeConfig, tokenize_preferences, tokenize_response
 from reprdpo.evaluation import build_judge, overrefusal_rate, perplexity, read_responses, toxic_rate, write_judged
 from reprdpo.experiments.config import EvaluateSection, OnlineSection
 from reprdpo.experiments.sources import Prompt
-from reprdpo.files import write_json
-from reprdpo.models import load_causal_lm, load_tokenizer
+from reprdpo.files import disk_errors, write_json
+from reprdpo.models import load_causal_lm, load_tokenizer, model_fingerprint
 from reprdpo.reward import FitReport, HybridReward, RewardFitConfig, extract_pair_states
 from reprdpo.sampling import (
     PairReport,
@@ -88,6 +88,7 @@ def sample_pairs(
         output / "responses.jsonl",
         config,
         score=_by_reward(model, tokenizer, reward, policy.data),
+        key=model_fingerprint(reward),
     )
     report = build_pairs(responses, output / "pairs.jsonl", **pairing)
     write_json(output / "report.json", asdict(report))
@@ -96,12 +97,20 @@ def sample_pairs(
 
 def train_to_end(trainer: Trainer, output: Path) -> None:
     """Train, from the last whole checkpoint where there is one; leave ``output/model`` and no checkpoints."""
-    trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    if not (output / "model").is_dir():
+        trainer.train(resume_from_checkpoint=last_checkpoint(output))
+        keep_model(output, trainer.save_model)
+
+
+def keep_model(output: Path, save: Callable[[str], None]) -> None:
+    """Let ``save`` write ``output/model``, which appears whole or not at all; then drop the checkpoints."""
     unfinished = output / "model.unfinished"
-    trainer.save_model(str(unfinished))
-    unfinished.replace(output / "model")
-    for checkpoint in output.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    with disk_errors(output):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        save(str(unfinished))
+        unfinished.replace(output / "model")
+        for checkpoint in output.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
 
 
 def train_online(
@@ -163,10 +172,11 @@ def evaluate_policy(
         truncation_mode="keep_end",
     )
     score = None if reward is None else _by_reward(model, tokenizer, reward, policy.data)
+    key = None if reward is None else model_fingerprint(reward)
 
     def judged(prompts: Dataset, kind: str) -> Any:
         path = Path(f"{output}.{kind}.samples.jsonl")
-        sample_responses(TransformersEngine(model, tokenizer), prompts, path, sampling, score=score)
+        sample_responses(TransformersEngine(model, tokenizer), prompts, path, sampling, score=score, key=key)
         records = read_responses(path, choose="best" if reward is not None else "first")
         words = judge.judge([record.prompt for record in records], [record.response for record in records])
         write_judged(Path(f"{output}.{kind}.jsonl"), records, words)

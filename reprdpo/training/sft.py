@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from reprdpo import models
 from reprdpo.data import ResponseCollator
 from reprdpo.reward import HiddenStateTap
 from reprdpo.training.base import BaseTrainer, padding_id, token_logps
@@ -37,6 +38,7 @@ class ReprSFTTrainer(BaseTrainer):
         callbacks: Sequence[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
+        models.check_head(model)
         super().__init__(
             model=model,
             args=args,

@@ -83,6 +83,7 @@ class ReprDPOTrainer(BaseTrainer):
             raise UserError('confidence_source: "reward" needs a fitted reward; pass reward=, or set it to "fixed"')
         if reward is not None:
             reward.check_base(model, allow_descendant=args.allow_reward_descendant)
+        models.check_head(model)
         super().__init__(
             model=model,
             args=args,
