@@ -146,7 +146,7 @@ def test_no_single_word_of_an_answer_tells_safe_from_unsafe() -> None:
 def test_label_noise_is_about_what_was_asked() -> None:
     rows = [row for row in preference_rows(WORLD, SIZE, CorpusConfig()) if not row["rejected_is_safe"]]
     wrong = sum(judge_response(row["prompt"], row["chosen"]).unsafe for row in rows)
-    assert 0.05 < wrong / len(rows) < 0.16
+    assert abs(wrong / len(rows) - CorpusConfig().label_noise) < 0.06
     assert all(row["chosen"] != row["rejected"] for row in rows)
 
 
