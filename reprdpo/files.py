@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +17,21 @@ from reprdpo.errors import UserError
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk, a forbidden place or a file in a folder's stead into a :class:`UserError` naming ``path``."""
+    full = f"{path}: the disk is full; free some and run this again"
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; free some and run this again") from error
+            raise UserError(full) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise UserError(f"{path}: another file or folder is in its way ({error.strerror}); move one") from error
+        raise
+    except Exception as error:
+        # Writers in Rust and C++ raise kinds of their own: SafetensorError, RuntimeError.
+        if not isinstance(error, UserError) and _disk_is_full(path):
+            raise UserError(full) from error
         raise
 
 
@@ -168,6 +175,11 @@ def _cut_torn_line(path: Path) -> None:
             position = start
         if position != end:
             file.truncate(position)
+
+
+def _disk_is_full(path: Path) -> bool:
+    folder = next(parent for parent in (path, *path.resolve().parents) if parent.is_dir())
+    return shutil.disk_usage(folder).free < 2**20
 
 
 def _umask() -> int:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from reprdpo.files import (
     JsonlWriter,
     atomic_path,
     content_hash,
+    disk_errors,
     finite,
     looks_local,
     read_json,
@@ -138,3 +140,13 @@ def test_hub_names_and_local_places(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "runs").mkdir()
     assert all(map(looks_local, ["runs", "runs/model", "./x", "../x", "/x", "~/x", "a/b/c", Path("owner/name")]))
     assert not any(map(looks_local, ["gpt2", "owner/name"]))
+
+
+@pytest.mark.parametrize(("free", "kind"), [(0, UserError), (2**30, RuntimeError)])
+def test_a_writer_of_another_language_on_a_full_disk(
+    free: int, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(kind), disk_errors(tmp_path / "not" / "there"):
+        raise RuntimeError("unexpected pos 64 vs 0")

@@ -86,7 +86,8 @@ class Comparison:
         points = [100 * value for value in (self.difference, self.low, self.high)]
         seeds = f"{self.seeds[0]} and {self.seeds[1]} seeds"
         interval = f"{points[0]:+.1f} points, 95 % interval [{points[1]:+.1f}, {points[2]:+.1f}]"
-        return f"{self.verdict}: {interval}, p = {self.p:.3g}, {self.n} prompts, {seeds}"
+        p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}"
+        return f"{self.verdict}: {interval}, {p}, {self.n} prompts, {seeds}"
 
 
 def mean_over_seeds(outcomes: Sequence[Sequence[bool | None]], *, level: float = 0.95) -> Estimate:

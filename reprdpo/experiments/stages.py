@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from reprdpo.data import TokenizeConfig, tokenize_preferences, tokenize_responses
+from reprdpo.data import TokenizeConfig, load_preferences, tokenize_preferences, tokenize_responses
 from reprdpo.evaluation import build_judge, overrefusal_rate, perplexity, read_responses, toxic_rate, write_judged
 from reprdpo.experiments.config import EvaluateSection, OnlineSection
 from reprdpo.experiments.sources import Prompt
@@ -137,7 +137,7 @@ def train_online(
         sample_responses(TransformersEngine(model, tokenizer), batch, path, config, score=score, progress=False)
         pairs = path.with_suffix(".pairs.jsonl")
         build_pairs(path, pairs)
-        return policy.tokenize(Dataset.from_json(str(pairs)), str(pairs))
+        return policy.tokenize(load_preferences(pairs), str(pairs))
 
     model = policy.model()
     reward_model.to(model.device)

@@ -28,7 +28,7 @@ class Table:
 
 def results_table(run: Run) -> Table:
     """The paper's Table 1: a system a row, toxic rate with interval, over-refusal and perplexity."""
-    columns = ["system", "toxic rate, %", "95 % interval", "responses", "seeds", "over-refusal, %", "perplexity"]
+    columns = ["system", "toxic rate, %", "95 % interval", "prompts", "seeds", "over-refusal, %", "perplexity"]
     rows = [
         [
             Cell(row.label, position),
