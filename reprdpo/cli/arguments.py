@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import inspect
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -27,7 +29,7 @@ def policy_of(namespace: argparse.Namespace) -> Policy:
 
 def add_fields(parser: argparse.ArgumentParser, cls: type[Any], *, only: Collection[str] | None = None) -> None:
     """Give ``parser`` an option for every field of the dataclass ``cls`` (help for those in ``only``, where given)."""
-    group = parser.add_argument_group(cls.__name__)
+    group, documented = parser.add_argument_group(cls.__name__), _documented(cls)
     for field in dataclasses.fields(cls):
         if not field.init or f"--{field.name}" in parser._option_string_actions:
             continue
@@ -36,7 +38,7 @@ def add_fields(parser: argparse.ArgumentParser, cls: type[Any], *, only: Collect
             type=yaml.safe_load,
             default=argparse.SUPPRESS,
             metavar="VALUE",
-            help=_describe(field) if only is None or field.name in only else argparse.SUPPRESS,
+            help=_describe(field, documented) if only is None or field.name in only else argparse.SUPPRESS,
         )
 
 
@@ -51,7 +53,13 @@ def take_fields(namespace: argparse.Namespace, cls: type[Any]) -> Any:
     return build(cls, given(namespace, cls))
 
 
-def _describe(field: dataclasses.Field[Any]) -> str:
-    text = " ".join(str(field.metadata.get("help", "")).split())
+def _documented(cls: type[Any]) -> dict[str, str]:
+    """What the class's docstring says of its fields under "Attributes:"."""
+    section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].split("\n\n")[0]
+    return dict(re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, flags=re.MULTILINE))
+
+
+def _describe(field: dataclasses.Field[Any], documented: dict[str, str]) -> str:
+    text = " ".join(str(field.metadata.get("help", documented.get(field.name, ""))).split())
     shown = field.default not in (dataclasses.MISSING, None) and "default" not in text
     return (f"{text} (default: {field.default})" if shown else text).replace("%", "%%")

@@ -24,7 +24,7 @@ MAIN_ARGUMENTS = (
     "max_steps",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
-    "gradient_checkpointing",
+    "activation_checkpointing",
     "bf16",
     "warmup_steps",
     "lr_scheduler_type",
@@ -69,6 +69,8 @@ def _trainer(arguments: argparse.Namespace) -> Trainer:
     pairs = load_preferences(arguments.preferences, limit=arguments.limit, skip_invalid=arguments.skip_invalid)
     where = arguments.preferences
     if arguments.method == "sft":
+        for name in given(arguments, ReprDPOConfig).keys() - given(arguments, ReprSFTConfig).keys():
+            raise UserError(f"--{name}: means nothing to --method sft; leave it out")
         config = build(ReprSFTConfig, given(arguments, ReprSFTConfig))
         rows = pairs.select_columns(["prompt", "chosen"]).rename_column("chosen", "response")
         rows = policy.tokenize_responses(rows, where)

@@ -102,6 +102,9 @@ class RunConfig:
                 raise UserError(f"systems: {name!r} is unknown{_closest(name, SYSTEMS)}; known: {', '.join(SYSTEMS)}")
         if not self.systems or not self.seeds:
             raise UserError("systems and seeds: each must name at least one")
+        for name, items in (("systems", self.systems), ("seeds", self.seeds)):
+            if len(set(items)) < len(items):
+                raise UserError(f"{name}: {', '.join(map(str, items))} names one twice; name each once")
         if self.model != SANDBOX and self.preferences is None:
             raise UserError(f"preferences: missing; model {self.model!r} needs a preference file to be aligned with")
         if not 0 < self.holdout < 1:

@@ -55,11 +55,11 @@ class RunFolder:
         say(f"{name}: done in {seconds:.1f} s")
 
     def _open(self) -> dict[str, Any]:
-        file, digest = self.path / "run.json", content_hash(self._comparable(self._config))
+        file, digest = self.path / "run.json", content_hash(_comparable(self._config))
         if file.exists():
             state = read_json(file)
             if state.get("config_hash") != digest:
-                changed = _first_difference(self._comparable(state.get("config", {})), self._comparable(self._config))
+                changed = _first_difference(_comparable(state.get("config", {})), _comparable(self._config))
                 raise UserError(
                     f"{self.path}: holds another run ({changed}); choose another output_dir, or delete the folder"
                 )
@@ -92,9 +92,13 @@ class RunFolder:
             raise UserError(f"{self.path}: another process is working in this folder; wait for it or stop it") from None
         return handle
 
-    @staticmethod
-    def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in config.items() if key not in ("output_dir", "cache_dir")}
+
+def _comparable(config: Any) -> Any:
+    """What must be the same for a run to go on: all but places, and the batches of generation, which change nothing."""
+    if not isinstance(config, dict):
+        return config
+    free = ("output_dir", "cache_dir", "batch_size")
+    return {key: _comparable(value) for key, value in config.items() if key not in free}
 
 
 def _first_difference(old: Any, new: Any, where: str = "") -> str:

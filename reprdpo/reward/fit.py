@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
 from reprdpo.errors import UserError
 from reprdpo.reward.calibration import Calibration, calibrated_alpha, calibration, confidence_gap, pair_accuracy
@@ -238,7 +239,7 @@ def _cross_validate(
     P = len(states) // 2
     probe_gap = states.new_zeros(P, states.shape[1], dtype=torch.float64)
     gap = states.new_zeros(P, 2, dtype=torch.float64)
-    for held in split:
+    for held in tqdm(split, desc="cross-validating the reward", unit="fold", leave=False, delay=2):
         kept = torch.arange(P)[~torch.isin(torch.arange(P), held)]
         rows = torch.cat([kept, kept + P])
         fitted, _ = _fit(states[rows], label_S[rows], [groups[i] for i in kept.tolist()], config)

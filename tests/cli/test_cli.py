@@ -58,6 +58,14 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert f"usage: reprdpo {command}" in capsys.readouterr().out
 
 
+def test_help_says_what_every_setting_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--temperature VALUE divides the logits; 0 takes the likeliest token" in shown
+    assert "--truncation_mode VALUE what a longer prompt meets" in shown
+
+
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tarin"]) == 2
     assert "no command 'tarin'" in capsys.readouterr().err
@@ -91,6 +99,13 @@ def test_fit_score_train_report_wrong_inputs(
     assert "the method needs a reward" in fails(
         capsys, "train", "--model", model_dir, "--preferences", pairs, "--output_dir", tmp_path / "out"
     )
+
+
+def test_settings_of_another_method_are_not_dropped_silently(
+    model_dir: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ("train", "--model", model_dir, "--preferences", pairs, "--output_dir", tmp_path / "out")
+    assert "--beta: means nothing to --method sft" in fails(capsys, *train, "--method", "sft", "--beta", "0.5")
 
 
 def test_model_folders_that_cannot_be_used(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,6 +81,11 @@ def test_the_same_command_again_does_nothing(tiny_run: Path, tiny_config: RunCon
     assert all(line.endswith("done before") for line in said)
 
 
+def test_a_run_goes_on_with_smaller_batches_of_generation(tiny_run: Path, tiny_config: RunConfig) -> None:
+    smaller = replace(tiny_config, evaluate=replace(tiny_config.evaluate, batch_size=1))
+    assert run(smaller, say=lambda line: None) == tiny_run
+
+
 def test_a_run_stopped_in_the_middle_ends_as_an_unbroken_one(
     tiny_run: Path, tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

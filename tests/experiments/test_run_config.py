@@ -47,6 +47,7 @@ def test_numbers_that_yaml_takes_for_text(tmp_path: Path) -> None:
         (MINIMAL + "online: {reward_model: {lr: 3}}\n", "online.reward_model.lr: no such key"),
         (MINIMAL + "seeds: [a]\n", "seeds: expected int, got 'a'"),
         (MINIMAL + "seeds: []\n", "each must name at least one"),
+        (MINIMAL + "seeds: [1, 1]\n", "seeds: 1, 1 names one twice"),
         (MINIMAL + "data: 3\n", "data: expected a mapping of keys, got 3"),
         (MINIMAL + "data: {max_length: true}\n", "data.max_length: expected int, got True"),
         (MINIMAL + "data: {max_length: 1}\n", "max_length"),
