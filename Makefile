@@ -20,7 +20,9 @@ test-slow: $(READY) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 bench: $(READY) ## time the ops beside their peers
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	mkdir -p build
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json build/benchmarks.json
+	$(BIN)/python -m benchmarks.report build/benchmarks.json
 
 lint: $(READY) ## ruff, mypy, import-linter, clang-format
 	$(BIN)/ruff check .
