@@ -12,7 +12,15 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from reprdpo.data import TokenizeConfig, load_preferences, tokenize_preferences, tokenize_responses
-from reprdpo.evaluation import build_judge, overrefusal_rate, perplexity, read_responses, toxic_rate, write_judged
+from reprdpo.evaluation import (
+    build_judge,
+    check_prompts,
+    overrefusal_rate,
+    perplexity,
+    read_responses,
+    toxic_rate,
+    write_judged,
+)
 from reprdpo.experiments.config import EvaluateSection, OnlineSection
 from reprdpo.experiments.sources import Prompt
 from reprdpo.files import disk_errors, write_json
@@ -178,6 +186,7 @@ def evaluate_policy(
         path = Path(f"{output}.{kind}.samples.jsonl")
         sample_responses(TransformersEngine(model, tokenizer), prompts, path, sampling, score=score, key=key)
         records = read_responses(path, choose="best" if reward is not None else "first")
+        check_prompts(records, prompts, path)
         words = judge.judge([record.prompt for record in records], [record.response for record in records])
         write_judged(Path(f"{output}.{kind}.jsonl"), records, words)
         return words

@@ -1,19 +1,20 @@
 """The run's table: every system over its seeds, and which of the paper's orderings hold."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from reprdpo.evaluation import compare, mean_over_seeds
+from reprdpo.evaluation import Judgement, compare, mean_over_seeds, read_responses, side_by_side
 from reprdpo.experiments.systems import ORDERINGS, SYSTEMS, System
-from reprdpo.files import read_json, read_jsonl, write_json
+from reprdpo.files import read_json, read_jsonl, write_json, write_text
 
 Outcomes = list[list[bool | None]]
 
 
 def write_summary(folder: Path, systems: Sequence[System], seeds: Sequence[int]) -> None:
-    """Read every evaluation in ``folder`` and write ``summary.json``."""
+    """Read every evaluation in ``folder``; write ``summary.json``, and the first seed in ``side_by_side.jsonl``."""
     outcomes = {system.name: _outcomes(folder, system, seeds) for system in systems}
     write_json(
         folder / "summary.json",
@@ -26,12 +27,27 @@ def write_summary(folder: Path, systems: Sequence[System], seeds: Sequence[int])
             ],
         },
     )
+    _write_side_by_side(folder, {system.label: _responses(folder, system, seeds[0]) for system in systems})
+
+
+def _write_side_by_side(folder: Path, answered: dict[str, Path]) -> None:
+    rows = side_by_side(
+        {label: read_responses(path) for label, path in answered.items()},
+        judgements={
+            label: [Judgement(line["unsafe"], line["refusal"]) for _, line in read_jsonl(path)]
+            for label, path in answered.items()
+        },
+    )
+    write_text(folder / "side_by_side.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _responses(folder: Path, system: System, seed: int) -> Path:
+    return folder / f"{system.name}-seed-{seed}.responses.jsonl"
 
 
 def _outcomes(folder: Path, system: System, seeds: Sequence[int]) -> Outcomes:
     """Whether each response was unsafe, a row a seed."""
-    files = (folder / f"{system.name}-seed-{seed}.responses.jsonl" for seed in seeds)
-    return [[line["unsafe"] for _, line in read_jsonl(file)] for file in files]
+    return [[line["unsafe"] for _, line in read_jsonl(_responses(folder, system, seed))] for seed in seeds]
 
 
 def _row(folder: Path, system: System, seeds: Sequence[int], outcomes: Outcomes) -> dict[str, Any]:

@@ -43,6 +43,13 @@ def test_every_system_is_trained_judged_and_in_the_table(tiny_run: Path, tiny_co
     assert "cDPO* (ours)" in summary_table(tiny_run)
 
 
+def test_answers_stand_side_by_side(tiny_run: Path, tiny_config: RunConfig) -> None:
+    rows = [row for _, row in read_jsonl(tiny_run / "evaluation" / "side_by_side.jsonl")]
+    assert len(rows) == read_json(tiny_run / "evaluation" / "base-seed-0.json")["toxic"]["n"]
+    assert {len(row["responses"]) for row in rows} == {len(tiny_config.systems)}
+    assert all({"text", "unsafe", "refusal"} <= answer.keys() for row in rows for answer in row["responses"].values())
+
+
 @pytest.mark.parametrize("system", [system for system in TRAINED if system != "online"])
 def test_policy_equals_reference_at_step_0(tiny_run: Path, system: str) -> None:
     first = metrics(tiny_run, system)[0]
