@@ -49,8 +49,7 @@ def measure(
     run: Callable[..., Any],
     make_inputs: Callable[[int], Sequence[Any]],
     *,
-    oracle: Callable[..., Tensor],
-    outcome: Callable[[Any], Tensor] = lambda result: result,
+    oracle: Callable[..., Any],
     max_error: float,
     work: Work,
     dtype: torch.dtype,
@@ -61,14 +60,13 @@ def measure(
     Args:
         run: the implementation, called with one set of inputs.
         make_inputs: a seed to a set of inputs.
-        oracle: the same inputs to the exact result, in float64.
-        outcome: what of ``run``'s result is compared.
-        max_error: largest relative error, in the norm of the result, that still counts as right.
+        oracle: the same inputs to the exact result, in float64: a tensor, or as many as ``run`` gives.
+        max_error: largest relative error, in the norm of a tensor, that still counts as right.
         work: what is counted.
     """
     inputs = make_inputs(0)
-    exact = oracle(*inputs).double().cpu()
-    error = float((outcome(run(*inputs)).detach().double().cpu() - exact).norm() / exact.norm().clamp(min=1e-30))
+    results = zip(_tensors(run(*inputs)), _tensors(oracle(*inputs)), strict=True)
+    error = float(torch.stack([_relative_error(*pair) for pair in results]).max())  # a NaN stays one
     if not error <= max_error:
         pytest.fail(f"wrong result: relative error {error:.2g}, at most {max_error:.2g} allowed; not timed")
     extra_bytes = peak_bytes(lambda: run(*inputs), device)
@@ -93,6 +91,15 @@ def measure(
             "threads": torch.get_num_threads(),
         }
     )
+
+
+def _tensors(result: Any) -> Sequence[Tensor]:
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def _relative_error(found: Tensor, exact: Tensor) -> Tensor:
+    exact = exact.double().cpu()
+    return (found.detach().double().cpu() - exact).norm() / exact.norm().clamp(min=1e-30)
 
 
 def _time(benchmark: BenchmarkFixture, run: Callable[..., Any], rotation: Any, device: str) -> list[float]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from reprdpo import ops
 from reprdpo.errors import UserError
 from reprdpo.files import looks_local
 
@@ -126,6 +127,22 @@ def head_spec(model: nn.Module) -> HeadSpec:
     return HeadSpec(
         head.weight, getattr(head, "bias", None), _logit_scale(config), None if softcap is None else float(softcap)
     )
+
+
+def token_logps(model: nn.Module, hidden: Tensor, labels: Tensor, scored_index: Tensor) -> Tensor:
+    """Log-probs [B, T] float32 of shifted ``labels`` under final hidden states [B, T, D], 0 where not scored."""
+    head = head_spec(model)
+    logps = ops.linear_logprob(
+        hidden,
+        head.weight,
+        labels,
+        bias=head.bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        scored_index=scored_index,
+    )
+    assert isinstance(logps, Tensor)
+    return logps
 
 
 @torch.no_grad()

@@ -37,6 +37,8 @@ def _fit(arguments: argparse.Namespace, config: RewardFitConfig) -> FitReport:
         raise UserError("give --model, --preferences and --output, or --states")
     pairs = load_preferences(arguments.preferences, limit=arguments.limit, skip_invalid=arguments.skip_invalid)
     policy, output = policy_of(arguments), Path(arguments.output)
+    if (output / "reward.json").exists():
+        raise UserError(f"{output}: holds a reward already; choose another --output, or delete it")
     report = fit_reward(policy, policy.tokenize(pairs, arguments.preferences), config, output)
     write_json(output / "fit_report.json", report.to_json())
     return report

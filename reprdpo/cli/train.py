@@ -12,8 +12,9 @@ from reprdpo.cli.arguments import add_fields, add_policy, given, policy_of
 from reprdpo.data import TokenizeConfig, load_preferences
 from reprdpo.errors import UserError
 from reprdpo.experiments.config import build
+from reprdpo.experiments.run_folder import SETTINGS_FILE, checked_settings
 from reprdpo.experiments.stages import train_to_end
-from reprdpo.files import read_jsonl
+from reprdpo.files import read_jsonl, write_json
 from reprdpo.reward import HybridReward
 from reprdpo.training import ReprDPOConfig, ReprDPOTrainer, ReprSFTConfig, ReprSFTTrainer
 
@@ -60,7 +61,11 @@ def main(argv: list[str]) -> None:
     output = Path(arguments.output_dir)
     if (output / "model").exists():
         raise UserError(f"{output}: holds a trained model already; choose another --output_dir")
-    train_to_end(_trainer(arguments), output)
+    given_here = {name: value for name, value in vars(arguments).items() if name not in ("output_dir", "json")}
+    settings = checked_settings(output, given_here)
+    trainer = _trainer(arguments)
+    write_json(output / SETTINGS_FILE, settings)
+    train_to_end(trainer, output)
     _print_last(output, as_json=arguments.json)
 
 

@@ -9,10 +9,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from reprdpo import ops
 from reprdpo.data import ResponseCollator, length_grouped_batches
 from reprdpo.errors import UserError
-from reprdpo.models import decoder, head_spec
+from reprdpo.models import decoder, token_logps
 
 
 @torch.inference_mode()
@@ -57,16 +56,7 @@ def _summed_logprob(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     hidden_BTD = decoder(model)(
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
     ).last_hidden_state
-    head = head_spec(model)
-    logprob_BT: Any = ops.linear_logprob(
-        hidden_BTD,
-        head.weight,
-        inputs["labels"],
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        scored_index=inputs["scored_index"],
-    )
+    logprob_BT = token_logps(model, hidden_BTD, inputs["labels"], inputs["scored_index"])
     return logprob_BT.sum(dtype=torch.float64)
 
 

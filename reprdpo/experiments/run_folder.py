@@ -18,6 +18,7 @@ from reprdpo.experiments.config import RunConfig
 from reprdpo.files import content_hash, disk_errors, read_json, write_json
 
 FORMAT = 1
+SETTINGS_FILE = "settings.json"
 
 
 class RunFolder:
@@ -42,6 +43,7 @@ class RunFolder:
         if self.done(name):
             say(f"{name}: done before")
             return
+        self._save()  # not before: a configuration that was refused must not claim the folder
         say(f"{name} ...")
         before = self.state["stages"].get(name, {}).get("seconds", 0.0)
         start, status = time.perf_counter(), "stopped"
@@ -56,41 +58,68 @@ class RunFolder:
 
     def _open(self) -> dict[str, Any]:
         file, digest = self.path / "run.json", content_hash(_comparable(self._config))
+        inputs = _input_hashes(self._config)
         if file.exists():
             state = read_json(file)
-            if state.get("config_hash") != digest:
-                changed = _first_difference(_comparable(state.get("config", {})), _comparable(self._config))
-                raise UserError(
-                    f"{self.path}: holds another run ({changed}); choose another output_dir, or delete the folder"
-                )
+            _refuse_other(self.path, _comparable(state.get("config", {})), _comparable(self._config))
+            _refuse_other(self.path, state.get("inputs", {}), inputs)
             return state
         others = [entry.name for entry in self.path.iterdir() if entry.name != ".lock"]
         if others:
             raise UserError(
                 f"{self.path}: is not a run's folder and not empty ({others[0]}); choose another output_dir"
             )
-        state = {
+        return {
             "format": FORMAT,
             "name": self.path.resolve().name,
             "config": self._config,
             "config_hash": digest,
+            "inputs": inputs,
             "versions": _versions(),
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "stages": {},
         }
-        write_json(file, state)
-        return state
 
     def _save(self) -> None:
         write_json(self.path / "run.json", self.state)
 
     def _take_lock(self) -> Any:
-        handle = (self.path / ".lock").open("w")
+        with disk_errors(self.path):
+            handle = (self.path / ".lock").open("w")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{self.path}: another process is working in this folder; wait for it or stop it") from None
         return handle
+
+
+def checked_settings(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` with the hashes of the files they name; refused where ``folder`` was begun with others.
+
+    The caller writes them to ``folder``/settings.json once work can start.
+    """
+    settings = settings | {"inputs": _input_hashes(settings)}
+    if (folder / SETTINGS_FILE).exists():
+        _refuse_other(folder, read_json(folder / SETTINGS_FILE), settings)
+    return settings
+
+
+def _refuse_other(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    if content_hash(old) != content_hash(new):
+        raise UserError(
+            f"{folder}: holds another run ({_first_difference(old, new)}); choose another folder, or delete this one"
+        )
+
+
+def _input_hashes(config: dict[str, Any]) -> dict[str, str]:
+    """The content hash of every file the configuration names, so that a run never goes on with other data."""
+    found: dict[str, str] = {}
+    for value in config.values():
+        if isinstance(value, dict):
+            found |= _input_hashes(value)
+        elif isinstance(value, str) and Path(value).is_file():
+            found[value] = content_hash(Path(value))
+    return found
 
 
 def _comparable(config: Any) -> Any:

@@ -181,10 +181,11 @@ def evaluate_policy(
     )
     score = None if reward is None else _by_reward(model, tokenizer, reward, policy.data)
     key = None if reward is None else model_fingerprint(reward)
+    engine = TransformersEngine(model, tokenizer)
 
     def judged(prompts: Dataset, kind: str) -> Any:
         path = Path(f"{output}.{kind}.samples.jsonl")
-        sample_responses(TransformersEngine(model, tokenizer), prompts, path, sampling, score=score, key=key)
+        sample_responses(engine, prompts, path, sampling, score=score, key=key)
         records = read_responses(path, choose="best" if reward is not None else "first")
         check_prompts(records, prompts, path)
         words = judge.judge([record.prompt for record in records], [record.response for record in records])

@@ -64,7 +64,23 @@ def extract_states(
         UserError: no rows, no ``input_ids``, or a row without tokens.
     """
     sequences = _column(rows, "input_ids")
-    return _extract(model, sequences, pad_token_id, batch_size, pool, padding_side, progress, dtype)
+    device = next(model.parameters()).device
+    states: Tensor | None = None
+    was_training = model.training
+    model.eval()
+    try:
+        with tqdm(total=len(sequences), desc="hidden states", unit="row", disable=not progress, delay=2) as bar:
+            for batch in length_grouped_batches([len(ids) for ids in sequences], batch_size):
+                ids_BT, mask_BT = _pad([sequences[i] for i in batch], pad_token_id, padding_side)
+                pooled_BLD = pool_states(model, ids_BT.to(device), mask_BT.to(device), pool=pool)
+                if states is None:
+                    states = torch.empty(len(sequences), *pooled_BLD.shape[1:], dtype=dtype)
+                states[torch.tensor(batch)] = pooled_BLD.to("cpu", dtype)
+                bar.update(len(batch))
+    finally:
+        model.train(was_training)
+    assert states is not None
+    return states
 
 
 def extract_pair_states(
@@ -87,35 +103,6 @@ def extract_pair_states(
     ]
     chosen, rejected = extract_states(model, both, **options).chunk(2)
     return chosen, rejected
-
-
-def _extract(
-    model: nn.Module,
-    sequences: list[list[int]],
-    pad_token_id: int,
-    batch_size: int,
-    pool: Pool,
-    padding_side: str,
-    progress: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    device = next(model.parameters()).device
-    states: Tensor | None = None
-    was_training = model.training
-    model.eval()
-    try:
-        with tqdm(total=len(sequences), desc="hidden states", unit="row", disable=not progress, delay=2) as bar:
-            for batch in length_grouped_batches([len(ids) for ids in sequences], batch_size):
-                ids_BT, mask_BT = _pad([sequences[i] for i in batch], pad_token_id, padding_side)
-                pooled_BLD = pool_states(model, ids_BT.to(device), mask_BT.to(device), pool=pool)
-                if states is None:
-                    states = torch.empty(len(sequences), *pooled_BLD.shape[1:], dtype=dtype)
-                states[torch.tensor(batch)] = pooled_BLD.to("cpu", dtype)
-                bar.update(len(batch))
-    finally:
-        model.train(was_training)
-    assert states is not None
-    return states
 
 
 def _pad(sequences: Iterable[list[int]], pad_token_id: int, side: str) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 Shapes: B sequences, T padded length, L decoder layers, D hidden size.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
@@ -17,7 +18,7 @@ from reprdpo.models import decoder, decoder_layers
 Pool = Literal["last", "mean"]
 
 
-class _Tap:
+class _Tap(ABC):
     """Hooks that hand each layer's output, and for the last layer the decoder's own, to ``_take(layer, states)``.
 
     The last layer's states are those after the final norm. A forward inside the block replaces what the one before
@@ -60,11 +61,11 @@ class _Tap:
         self._in_forward = False
         self._take(len(self._layers) - 1, output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
-    def _clear(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _clear(self) -> None: ...
 
-    def _take(self, layer: int, states: Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _take(self, layer: int, states: Tensor) -> None: ...
 
 
 class HiddenStateTap(_Tap):

@@ -116,11 +116,14 @@ class TransformersEngine:
         self.model = model
         self.tokenizer = tokenizer
         self._end_ids = _end_token_ids(model, tokenizer)
+        self._fingerprint: str | None = None
 
     def fingerprint(self) -> str:
-        """The model's weights and the tokenizer's vocabulary, hashed."""
-        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()
-        return f"{model_fingerprint(self.model)}-{hashlib.sha256(vocabulary).hexdigest()[:8]}"
+        """The model's weights and the tokenizer's vocabulary, hashed once: a model that moved needs another engine."""
+        if self._fingerprint is None:
+            vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()
+            self._fingerprint = f"{model_fingerprint(self.model)}-{hashlib.sha256(vocabulary).hexdigest()[:8]}"
+        return self._fingerprint
 
     def generate(
         self,

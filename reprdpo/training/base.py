@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from reprdpo import files, models, ops
+from reprdpo import files, models
 from reprdpo.errors import UserError
 from reprdpo.training.checkpoint import is_whole, last_checkpoint
 from reprdpo.training.config import BaseConfig
@@ -102,19 +102,3 @@ def autocast_dtype(args: BaseConfig) -> torch.dtype | None:
     if args.bf16:
         return torch.bfloat16
     return torch.float16 if args.fp16 else None
-
-
-def token_logps(model: nn.Module, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Log-probs [B, T] float32 of a batch's labels under the final hidden states [B, T, D], 0 where not scored."""
-    head = models.head_spec(model)
-    logps = ops.linear_logprob(
-        hidden,
-        head.weight,
-        batch["labels"],
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        scored_index=batch["scored_index"],
-    )
-    assert isinstance(logps, Tensor)
-    return logps

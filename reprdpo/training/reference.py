@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from reprdpo import files, models, ops
 from reprdpo.data import ResponseCollator, length_grouped_batches
-from reprdpo.training.base import token_logps
 
 _FORMAT = "1"
 _CHUNK_TOKENS = 1 << 18
@@ -76,7 +75,7 @@ def batch_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     ).last_hidden_state
     labels_BT, scored_N = batch["labels"], batch["scored_index"]
-    logps_BT = token_logps(model, hidden_BTD, batch)
+    logps_BT = models.token_logps(model, hidden_BTD, labels_BT, scored_N)
     num_rows, length = labels_BT.shape
     return ops.sequence_sum(
         logps_BT.flatten()[scored_N],

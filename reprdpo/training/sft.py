@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from reprdpo import models
 from reprdpo.data import ResponseCollator
 from reprdpo.reward import HiddenStateTap
-from reprdpo.training.base import BaseTrainer, padding_id, token_logps
+from reprdpo.training.base import BaseTrainer, padding_id
 from reprdpo.training.config import ReprSFTConfig
 
 
@@ -70,7 +70,7 @@ class ReprSFTTrainer(BaseTrainer):
                 logits_to_keep=1,
                 use_cache=False,
             )
-        logps = token_logps(model, tap.states[-1], inputs)
+        logps = models.token_logps(model, tap.states[-1], inputs["labels"], inputs["scored_index"])
         loss = -logps.sum() / max(inputs["scored_index"].numel(), 1)
         if model.training and num_items_in_batch:
             # training_step divides by the accumulation steps; undone here, as the mean is over tokens.

@@ -94,7 +94,7 @@ def test_fit_score_train_report_wrong_inputs(
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "word " * 900, "chosen": "b", "rejected": "c"}) + "\n")
     assert "truncation_mode" in fails(capsys, *fit, tmp_path / "long.jsonl")
     assert "give --model, --preferences and --output" in fails(capsys, "fit")
-    assert "--max_length" not in fails(capsys, *fit, pairs, "--max_length", "abc")
+    assert "max_length: expected int, got 'abc'" in fails(capsys, *fit, pairs, "--max_length", "abc")
     assert "not a run folder" in fails(capsys, "report", tmp_path)
     assert "the method needs a reward" in fails(
         capsys, "train", "--model", model_dir, "--preferences", pairs, "--output_dir", tmp_path / "out"
@@ -106,6 +106,21 @@ def test_settings_of_another_method_are_not_dropped_silently(
 ) -> None:
     train = ("train", "--model", model_dir, "--preferences", pairs, "--output_dir", tmp_path / "out")
     assert "--beta: means nothing to --method sft" in fails(capsys, *train, "--method", "sft", "--beta", "0.5")
+
+
+def test_folders_of_something_else_are_refused(
+    model_dir: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    train = ["train", "--model", str(model_dir), "--preferences", str(pairs), "--output_dir", str(out)]
+    train += ["--method", "dpo", "--max_steps", "1"]
+    assert main([*train, "--beta", "0.1"]) == 0
+    (out / "model").rename(tmp_path / "kept")  # as if it had been stopped before its end
+    assert "holds another run (beta is 0.1 there, 0.2 here)" in fails(capsys, *train, "--beta", "0.2")
+    assert main([*train, "--beta", "0.1"]) == 0
+    reward = ["fit", "--model", str(model_dir), "--preferences", str(pairs), "--output", str(tmp_path / "reward")]
+    assert main(reward) == 0
+    assert "holds a reward already" in fails(capsys, *reward)
 
 
 def test_model_folders_that_cannot_be_used(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +193,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "run.json").exists():
+    while not (tmp_path / "run" / ".lock").exists():
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.1)

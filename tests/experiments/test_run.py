@@ -13,6 +13,7 @@ import pytest
 
 from reprdpo.errors import UserError
 from reprdpo.experiments import RunConfig, pipeline, run
+from reprdpo.experiments.run_folder import RunFolder
 from reprdpo.files import read_json, read_jsonl
 from reprdpo.models import load_causal_lm, model_fingerprint
 from reprdpo.report import render, summary_table
@@ -141,6 +142,16 @@ def test_a_folder_of_another_run_is_refused(tiny_run: Path, tiny_config: RunConf
         run(replace(tiny_config, train={**tiny_config.train, "beta": 0.2}), say=lambda line: None)
 
 
+def test_a_run_does_not_go_on_with_a_file_that_changed(tmp_path: Path, real_dir: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text((real_dir / "pairs" / "refusal_direction.jsonl").read_text())
+    config = RunConfig(output_dir=str(tmp_path / "run"), model="m", preferences=str(pairs))
+    RunFolder(config).stage("one", lambda: None, say=lambda line: None)
+    pairs.write_text(pairs.read_text() * 2)
+    with pytest.raises(UserError, match="holds another run"):
+        RunFolder(config)
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, tiny_config: RunConfig) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="not a run's folder and not empty"):
@@ -153,6 +164,7 @@ def test_bad_input_is_said_before_any_stage(tmp_path: Path, tiny_config: RunConf
     with pytest.raises(UserError, match="beta"):
         run(config, say=said.append)
     assert not said
+    RunFolder(replace(config, train={"beta": 1.0}))  # the mistake has not claimed the folder
 
 
 def test_a_real_model_and_real_pairs(real_dir: Path, tmp_path: Path) -> None:
