@@ -1,4 +1,4 @@
-"""Which implementation serves an op: triton on CUDA, native on CPU where built, reference otherwise."""
+"""Which implementation serves an op on a device: the first declared for it that is there, else the reference."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ Backend = Literal["triton", "native", "reference"]
 Request = Literal["auto", "triton", "native", "reference"]
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_KERNELS: dict[str, tuple[Backend, ...]] = {}
+_KERNELS: dict[str, dict[str, tuple[Backend, ...]]] = {}
 _requested: Request | None = None
 # Triton itself reads the variable once, when a kernel is decorated.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,13 +29,16 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
-def declare(op: str, *kernels: Backend) -> None:
-    """Say which backends, besides the reference, have a kernel for ``op``.
+def declare(op: str, *, cpu: tuple[Backend, ...] = (), cuda: tuple[Backend, ...] = ()) -> None:
+    """Say which backends, besides the reference, have a kernel for ``op`` on a device, the default one first.
 
     A kernel takes float32, bfloat16 and float16; float64 always goes to the reference. An op that is never
     declared (one that only computes indices, say) asks no backend and so accepts any.
     """
-    _KERNELS[op] = kernels
+    # The interpreter runs Triton's kernels on CPU tensors, for whoever asks for it by name.
+    if _INTERPRETING and "triton" in cuda:
+        cpu = (*cpu, "triton")
+    _KERNELS[op] = {"cpu": cpu, "cuda": cuda}
     _choose.cache_clear()
 
 
@@ -74,37 +77,40 @@ def select(op: str, tensor: Tensor, *, dtype: torch.dtype | None = None) -> Back
 
 @functools.cache
 def _choose(op: str, request: str, device_type: str, dtype: torch.dtype) -> Backend:
-    kernels = _KERNELS[op]
+    kernels = _KERNELS[op].get(device_type, ())
     if request == "auto":
         for candidate in kernels:
-            if _why_not(candidate, device_type, dtype) is None and _status(candidate).available:
+            if candidate == "triton" and device_type == "cpu":
+                continue
+            if dtype in _KERNEL_DTYPES and _status(candidate, device_type).available:
                 return candidate
         return "reference"
     _check_request(request, "REPRDPO_BACKEND")
-    if request not in ("reference", *kernels):
-        raise ValueError(f"backend {request!r} has no {op}; it is served by: {', '.join(('reference', *kernels))}")
-    if (reason := _why_not(request, device_type, dtype)) is not None:
-        raise ValueError(f"backend {request!r} cannot serve {op} on {reason}")
+    if request == "reference":
+        return "reference"
+    anywhere = {name for names in _KERNELS[op].values() for name in names}
+    if request not in anywhere:
+        raise ValueError(
+            f"backend {request!r} has no {op}; it is served by: {', '.join(('reference', *sorted(anywhere)))}"
+        )
+    if request not in kernels:
+        raise ValueError(f"backend {request!r} cannot serve {op} on {device_type} tensors")
+    if dtype not in _KERNEL_DTYPES:
+        raise ValueError(f"backend {request!r} cannot serve {op} on {str(dtype).removeprefix('torch.')} tensors")
+    if not (status := _status(request, device_type)).available:
+        raise ValueError(f"backend {request!r} cannot serve {op} on {device_type} tensors: {status.reason}")
     return request
 
 
-def _why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    devices = {"triton": ("cuda", "cpu") if _INTERPRETING else ("cuda",), "native": ("cpu",)}
-    if backend == "reference":
-        return None
-    if device_type not in devices[backend]:
-        return f"{device_type} tensors"
-    if dtype not in _KERNEL_DTYPES:
-        return f"{str(dtype).removeprefix('torch.')} tensors"
-    return None
-
-
 @functools.cache
-def _status(backend: str) -> BackendStatus:
+def _status(backend: str, device_type: str | None = None) -> BackendStatus:
+    """Whether a backend can serve, on one kind of device or (None) on any."""
     if backend == "reference":
         return BackendStatus(True, "plain PyTorch, always there")
     if backend == "native":
-        return BackendStatus(native.loaded(), native.status())
+        kinds = ("cpu", "cuda") if device_type is None else (device_type,)
+        reasons = [native.status(kind) if device_type else f"{kind}: {native.status(kind)}" for kind in kinds]
+        return BackendStatus(any(map(native.loaded, kinds)), "; ".join(reasons))
     if importlib.util.find_spec("triton") is None:
         return BackendStatus(False, "triton is not installed")
     if _INTERPRETING:

@@ -114,7 +114,7 @@ def _check_parameters(
     checks.check_same_device(hidden_states=hidden, **parameters)
 
 
-declare("probe_reward", "native")
+declare("probe_reward", cpu=("native",))
 
 
 @torch.library.custom_op("reprdpo::probe_reward", mutates_args=())
