@@ -71,6 +71,8 @@ def rows_of(item: pytest.Item, benchmark: Any, report: pytest.TestReport) -> lis
         return [row | {"status": "red", "reason": reason.strip()}]
     if "counted" in row:
         return [row | {"status": "counted", "reason": row["counted"]}]
+    if "p50_s" not in row:
+        return [row | {"status": "skipped", "reason": "measured nothing"}]
     if graph is None:
         return [row]
     status = "skipped" if "reason" in graph else "measured"
