@@ -113,6 +113,7 @@ def measure(
         headline: the README's table in which the row's group stands.
     """
     torch.set_float32_matmul_precision("highest")  # no TF32, whatever a peer has set
+    _forget_other_oracles(oracle_key)
     benchmark.extra_info.update(
         {
             "implementation": implementation or str((benchmark.params or {}).get("implementation", benchmark.name)),
@@ -222,11 +223,19 @@ def _quantiles(times: list[float]) -> dict[str, Any]:
 _last_exact: tuple[Hashable, Sequence[Tensor]] | None = None
 
 
-def _exact(oracle: Callable[..., Any], inputs: Sequence[Any], key: Hashable) -> Sequence[Tensor]:
-    """The oracle's result; only the last one is kept, as one of V = 128256 holds gigabytes."""
+def _forget_other_oracles(key: Hashable) -> None:
+    """Only the last result is kept, as one of V = 128256 holds gigabytes."""
     global _last_exact
     if key is None or _last_exact is None or _last_exact[0] != key:
         _last_exact = None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _exact(oracle: Callable[..., Any], inputs: Sequence[Any], key: Hashable) -> Sequence[Tensor]:
+    """The oracle's result, or the one kept for ``key``."""
+    global _last_exact
+    if _last_exact is None:
         _last_exact = (key, [result.detach().double() for result in _tensors(oracle(*inputs))])
     return _last_exact[1]
 

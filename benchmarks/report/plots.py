@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 from cycler import cycler
 
 from benchmarks.report.record import Series
@@ -58,9 +59,12 @@ def _draw_lines(dimension: str, lines: dict[str, list[Row]], figure: Any) -> Non
         label = f"{name} (rounded)" if any(row["kind"] == "rounded" for row in rows) else name
         sizes = [row["shape"][dimension] for row in rows]
         time.plot(sizes, [1e3 * row["p50_s"] for row in rows], label=label)
-        memory.plot(sizes, [row["peak_bytes"] / 1e6 for row in rows], label=label)
-    time.set(xlabel=dimension, ylabel="median time, ms", xscale="log", yscale="log")
-    memory.set(xlabel=dimension, ylabel="peak extra memory, MB", xscale="log", yscale="log")
+        memory.plot(sizes, [max(row["peak_bytes"], 1e3) / 1e6 for row in rows], label=label)
+    ticks = sorted({row["shape"][dimension] for rows in lines.values() for row in rows})
+    for axes, quantity in ((time, "median time, ms"), (memory, "peak extra memory, MB")):
+        axes.set(xlabel=dimension, ylabel=quantity, xscale="log", yscale="log")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
     time.legend(frameon=False, fontsize="small")
 
 
@@ -78,15 +82,16 @@ def _draw_roofline(counted: list[Row], measured: list[Row], figure: Any) -> None
         points = [row for row in counted if row["implementation"] == implementation]
         intensity = [row["flop"] / row["bytes"] for row in points]
         axes.plot(intensity, [row["flop"] / row["p50_s"] for row in points], linestyle="", label=implementation)
+    dtypes = sorted({row["dtype"] for row in counted})
+    rates = {name: max(row["flop"] / row["floor_s"] for row in counted if row["dtype"] == name) for name in dtypes}
+    bandwidth = max((row["bytes"] / row["floor_s"] for row in measured if not row["flop"]), default=None)
     intensities = [row["flop"] / row["bytes"] for row in counted]
-    spread = (min(intensities) / 3, max(intensities) * 3)
-    for dtype in sorted({row["dtype"] for row in counted}):
-        rate = max(row["flop"] / row["floor_s"] for row in counted if row["dtype"] == dtype)
-        axes.axhline(rate, color="0.4", marker="", linewidth=1)
-        axes.annotate(f"fastest GEMM, {dtype}", (spread[0], rate), fontsize="small", va="bottom")
-    if bandwidths := [row["bytes"] / row["floor_s"] for row in measured if not row["flop"]]:
-        ceiling = [max(bandwidths) * each for each in spread]
-        axes.plot(spread, ceiling, color="0.4", marker="", linewidth=1, label="copy bandwidth")
+    ridges = [rate / bandwidth for rate in rates.values()] if bandwidth else []
+    spread = np.geomspace(min(intensities + ridges) / 3, max(intensities + ridges) * 3, 200)
+    for dtype, rate in rates.items():
+        ceiling = np.minimum(rate, bandwidth * spread) if bandwidth else np.full_like(spread, rate)
+        axes.plot(spread, ceiling, color="0.4", marker="", linewidth=1)
+        axes.annotate(f"fastest GEMM, {dtype}", (spread[-1], rate), fontsize="small", va="bottom", ha="right")
     axes.set(xlabel="FLOP per byte, counted", ylabel="FLOP/s", xscale="log", yscale="log")
     axes.legend(frameon=False, fontsize="small")
 

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from benchmarks.conftest import rows_of
 from benchmarks.report.results import load
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -86,3 +88,17 @@ def test_what_was_finished_is_kept(tmp_path: Path, end: str) -> None:
     assert not result["complete"]
     assert [row["name"] for row in result["rows"]][:2] == ["test_right", "test_wrong"]
     assert "test_never_reached" not in json.dumps(result)
+
+
+@pytest.mark.parametrize(
+    ("graph", "expected"),
+    [
+        ({"p50_s": 1e-6}, [("eager", "measured", 5e-6), ("graph", "measured", 1e-6)]),
+        ({"reason": "cannot be captured"}, [("eager", "measured", 5e-6), ("graph", "skipped", 5e-6)]),
+    ],
+)
+def test_a_graph_is_a_row_of_its_own(graph: dict[str, Any], expected: list[tuple[str, str, float]]) -> None:
+    item: Any = SimpleNamespace(name="test_op[native]", path=Path("bench_op.py"), originalname="test_op")
+    benchmark = SimpleNamespace(group="op", extra_info={"p50_s": 5e-6, "graph": graph})
+    rows = rows_of(item, benchmark, SimpleNamespace(outcome="passed"))  # type: ignore[arg-type]
+    assert [(row["mode"], row["status"], row["p50_s"]) for row in rows] == expected
