@@ -152,10 +152,10 @@ def copy_bandwidth(device: str) -> float:
 
 
 def _median_seconds(call: Callable[[], Any], device: str) -> float:
-    call()
+    once = seconds(call, device)
     if device != "cpu":
         return statistics.median(event_seconds(call, device, budget=0.1))
-    return statistics.median(seconds(call, device) for _ in range(3 if seconds(call, device) > 0.1 else 9))
+    return statistics.median(seconds(call, device) for _ in range(3 if once > 0.1 else 9))
 
 
 def _random(rows: int, columns: int, dtype: torch.dtype, device: str) -> torch.Tensor:

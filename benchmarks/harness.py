@@ -6,6 +6,7 @@ A wrong result is never timed: `measure` compares with the float64 oracle first 
 import importlib
 import itertools
 import math
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -198,9 +199,9 @@ def _timed(
     def call() -> None:
         run(*next(rotation))
 
-    once = min(seconds(call, device) for _ in range(2))
-    rounds = rounds_for(once, SECONDS) if device == "cpu" else 5
-    benchmark.pedantic(lambda: seconds(call, device), rounds=rounds, warmup_rounds=1)
+    once = seconds(call, device)
+    rounds = rounds_for(min(once, seconds(call, device)), SECONDS) if device == "cpu" else 5
+    benchmark.pedantic(lambda: seconds(call, device), rounds=rounds, warmup_rounds=0)
     wall = list(benchmark.stats.stats.data) if benchmark.stats else [once]
     common = {"peak_bytes": extra_bytes, "copies": copies}
     if device == "cpu":
@@ -249,7 +250,9 @@ def _tensors(result: Any) -> Sequence[Tensor]:
 
 
 def _first_line(failure: Exception) -> str:
-    return (str(failure).strip().splitlines() or [type(failure).__name__])[0][:200]
+    """What went wrong, without the folders of this machine that an ImportError names."""
+    line = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
+    return re.sub(r" \(/[^)]*\)", "", line)[:200]
 
 
 def _nbytes(value: Any) -> int:

@@ -228,8 +228,8 @@ def test_the_cost_claim_has_both_ratios(tmp_path: Path, write: Write) -> None:
         unmeasured("counted", "not run", name="test_op[70B]", group="cost, T=512", headline="claim", flop=4e14),
     ]
     _, text = readme(tmp_path, write, result(*rows))
-    assert "| cost, T=512 | online | 2000 | 2e+06 | 3e+04 | 3e+07 |" in text
-    assert "| cost, T=512 | 70B | counted only |  | 4e+05 | 4e+08 |" in text
+    assert "| cost, T=512 | online | 2000 | 2e+06 | 30000 | 3e+07 |" in text
+    assert "| cost, T=512 | 70B | counted only |  | 400000 | 4e+08 |" in text
 
 
 def test_a_file_is_quoted_from_its_newest_run(tmp_path: Path, write: Write) -> None:
