@@ -39,11 +39,16 @@ def _families(rows: list[Row]) -> dict[str, tuple[str, dict[str, list[Row]]]]:
     """Title to dimension and the rows of each implementation; at least one of them has two points or more."""
     found: dict[tuple[str, ...], dict[str, list[Row]]] = {}
     for row in _measured(rows):
-        question = (row["file"].removesuffix(".py"), row["name"].split("[")[0].removeprefix("test_"), row["dtype"])
+        question = (
+            row["file"].removesuffix(".py"),
+            row["name"].split("[")[0].removeprefix("test_"),
+            row["dtype"] or "",
+        )
         for dimension in DIMENSIONS:
             if dimension in row["shape"]:
                 rest = " ".join(f"{key}={value}" for key, value in row["shape"].items() if key != dimension)
-                key = (dimension, *question, f"upstream {row['upstream']:g}", row["mode"], rest)
+                upstream = "" if row["upstream"] is None else f"upstream {row['upstream']:g}"
+                key = (dimension, *question, upstream, row["mode"], rest)
                 found.setdefault(key, {}).setdefault(row["implementation"], []).append(row)
     families = {}
     for (dimension, *words), lines in found.items():
@@ -70,7 +75,7 @@ def _draw_lines(dimension: str, lines: dict[str, list[Row]], figure: Any) -> Non
 
 def roofline(rows: list[Row]) -> str | None:
     """Rate against intensity under the ceilings measured in the run; None where no row has matmuls."""
-    counted = [row for row in _measured(rows) if row["flop"] and row["bytes"]]
+    counted = [row for row in _measured(rows) if row["flop"] and row["bytes"] and row["floor_s"]]
     if not counted:
         return None
     return _svg(partial(_draw_roofline, counted, _measured(rows)), 7, 4.2)
@@ -84,7 +89,9 @@ def _draw_roofline(counted: list[Row], measured: list[Row], figure: Any) -> None
         axes.plot(intensity, [row["flop"] / row["p50_s"] for row in points], linestyle="", label=implementation)
     dtypes = sorted({row["dtype"] for row in counted})
     rates = {name: max(row["flop"] / row["floor_s"] for row in counted if row["dtype"] == name) for name in dtypes}
-    bandwidth = max((row["bytes"] / row["floor_s"] for row in measured if not row["flop"]), default=None)
+    bandwidth = max(
+        (row["bytes"] / row["floor_s"] for row in measured if row["floor_s"] and not row["flop"]), default=None
+    )
     intensities = [row["flop"] / row["bytes"] for row in counted]
     ridges = [rate / bandwidth for rate in rates.values()] if bandwidth else []
     spread = np.geomspace(min(intensities + ridges) / 3, max(intensities + ridges) * 3, 200)
@@ -98,7 +105,8 @@ def _draw_roofline(counted: list[Row], measured: list[Row], figure: Any) -> None
 
 def floor_shares(rows: list[Row]) -> str | None:
     """A bar for each measured row: its share of the floor."""
-    shown = sorted(_measured(rows), key=lambda row: (row["group"], row["p50_s"]), reverse=True)
+    measured = [row for row in _measured(rows) if row["floor_share"] is not None]
+    shown = sorted(measured, key=lambda row: (row["group"], row["p50_s"]), reverse=True)
     if not shown:
         return None
     return _svg(partial(_draw_shares, shown), 9, 1.2 + 0.24 * len(shown))

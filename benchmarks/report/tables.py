@@ -1,7 +1,6 @@
 """Result rows as tables: a group's rows, two commits side by side, the claims; in Markdown or HTML."""
 
 import html
-import math
 from dataclasses import dataclass
 
 from benchmarks.report.results import Result, Row, check_same_device, groups, key_of, stamp
@@ -54,7 +53,7 @@ def _cells(row: Row, width: int) -> list[str]:
     cells = [
         name,
         " / ".join(number(1e3 * row[key]) for key in ("p20_s", "p50_s", "p80_s")),
-        f"{row['floor_share']:.2f}",
+        _share(row),
         _error(row),
         number(row["peak_bytes"] / 1e6),
         number(row["flop"] / 1e9),
@@ -89,7 +88,7 @@ def _speed_up(was: Row, row: Row) -> str:
     if not was["status"] == row["status"] == "measured":
         return "none: not measured in both"
     if was["kind"] != row["kind"]:
-        return f"none: {was['kind']} became {row['kind']} (error {was['error']:.1e}, now {row['error']:.1e})"
+        return f"none: {was['kind']} became {row['kind']} (error {_error(was)}, now {_error(row)})"
     return f"{was['p50_s'] / row['p50_s']:.2f}"
 
 
@@ -101,7 +100,7 @@ def kernel_claims(result: Result) -> Table:
 
 
 def _kernel_claim(name: str, members: list[Row]) -> list[list[str]]:
-    if red := [row for row in members if row["status"] == "red" and not row.get("peer")]:
+    if red := [row for row in members if row["status"] == "red" and not row["peer"]]:
         return [[name, f"red: {red[0]['name']}: {red[0]['reason']}", *[""] * 6]]
     lines = []
     for mode in ("eager", "graph"):
@@ -115,8 +114,8 @@ def _kernel_claim(name: str, members: list[Row]) -> list[list[str]]:
             [
                 name + ("" if mode == "eager" else ", in a CUDA graph"),
                 _named(ours),
-                f"{ours['floor_share']:.2f}",
-                f"{ours['error']:.1e}",
+                _share(ours),
+                _error(ours),
                 number(ours["peak_bytes"] / 1e6),
                 _named(exact) if exact else "none",
                 f"{exact['p50_s'] / ours['p50_s']:.2f}" if exact else "",
@@ -131,17 +130,17 @@ def cost_claims(result: Result) -> Table:
     lines = []
     for name, members in _headline(result, "claim"):
         rows = [row for row in members if row["status"] in ("measured", "counted")]
-        ours = next((row for row in rows if not row.get("peer")), None)
+        ours = next((row for row in rows if not row["peer"]), None)
         red = any(row["status"] == "red" for row in members)
         for row in members:
             if row not in rows or ours is None or red:
-                lines.append([name, _label(row), row.get("reason", ""), "", "", ""])
+                lines.append([name, row["implementation"], row["reason"], "", "", ""])
                 continue
             timed = row["status"] == ours["status"] == "measured"
             lines.append(
                 [
                     name,
-                    _label(row),
+                    row["implementation"],
                     number(1e3 * row["p50_s"]) if row["status"] == "measured" else "counted only",
                     number(row["p50_s"] / ours["p50_s"]) if timed else "",
                     number(row["flop"] / 1e9),
@@ -152,17 +151,17 @@ def cost_claims(result: Result) -> Table:
 
 
 def _headline(result: Result, kind: str) -> list[tuple[str, list[Row]]]:
-    return [(name, rows) for name, rows in groups(result).items() if any(row.get("headline") == kind for row in rows)]
+    return [(name, rows) for name, rows in groups(result).items() if any(row["headline"] == kind for row in rows)]
 
 
 def _named(row: Row) -> str:
-    return f"{number(1e3 * row['p50_s'])} ({_label(row)})"
-
-
-def _label(row: Row) -> str:
-    return str(row.get("implementation") or row["name"].removeprefix("test_"))
+    return f"{number(1e3 * row['p50_s'])} ({row['implementation']})"
 
 
 def _error(row: Row) -> str:
-    error = row["error"] if row["error"] is not None else math.nan
-    return f"{error:.1e}" + (" (rounded)" if row["kind"] == "rounded" else "")
+    error = "" if row["error"] is None else f"{row['error']:.1e}"
+    return error if row["kind"] == "exact" else f"{error} ({row['kind']})".strip()
+
+
+def _share(row: Row) -> str:
+    return "" if row["floor_share"] is None else f"{row['floor_share']:.2f}"
