@@ -179,6 +179,19 @@ def unwrap(model: nn.Module) -> Any:
     return wrapped
 
 
+def matmul_parameters(module: nn.Module) -> int:
+    """How many parameters lie outside embedding tables: those that multiply every token."""
+    tables = {id(p) for child in module.modules() if isinstance(child, nn.Embedding) for p in child.parameters()}
+    return sum(p.numel() for p in module.parameters() if id(p) not in tables)
+
+
+def forward_flop(model: nn.Module, tokens: int, scored: int = 0) -> int:
+    """Matmul FLOP of a forward over ``tokens``, the head applied to ``scored`` of them."""
+    return 2 * matmul_parameters(decoder(model)) * tokens + (
+        2 * head_spec(model).weight.numel() * scored if scored else 0
+    )
+
+
 def model_fingerprint(model: nn.Module) -> str:
     """A hash of the parameters' names, shapes and bytes: equal for equal models, whatever their folder is called."""
     digest = hashlib.sha256()
