@@ -44,6 +44,18 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if report.outcome != "passed":  # a file that does not import is a row too
+        row = {"name": collector.name, "file": collector.path.name, "group": collector.path.name, "mode": "eager"}
+        status = "red" if report.failed else "skipped"
+        collector.config.stash[_RESULT]["rows"].append(row | {"status": status, "reason": _reason(report)})
+    return report
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
     result = session.config.stash[_RESULT]
@@ -63,13 +75,8 @@ def rows_of(item: pytest.Item, benchmark: Any, report: pytest.TestReport) -> lis
         **getattr(benchmark, "extra_info", {}),
     }
     graph = row.pop("graph", None)
-    if report.outcome == "skipped":
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        return [row | {"status": "skipped", "reason": reason.removeprefix("Skipped: ")}]
-    if report.outcome == "failed":
-        lines = report.longreprtext.strip().splitlines()
-        reason = next((line[1:] for line in lines if line.startswith("E ")), lines[-1])
-        return [row | {"status": "red", "reason": reason.strip()}]
+    if report.outcome != "passed":
+        return [row | {"status": "skipped" if report.skipped else "red", "reason": _reason(report)}]
     if "counted" in row:
         return [row | {"status": "counted", "reason": row["counted"]}]
     if "p50_s" not in row:
@@ -78,6 +85,15 @@ def rows_of(item: pytest.Item, benchmark: Any, report: pytest.TestReport) -> lis
         return [row]
     status = "skipped" if "reason" in graph else "measured"
     return [row, row | graph | {"mode": "graph", "status": status}]
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Why a test was skipped, or the line that says what went wrong."""
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        return reason.removeprefix("Skipped: ")
+    lines = report.longreprtext.strip().splitlines() or ["no reason given"]
+    return next((line[1:] for line in lines if line.startswith("E ")), lines[-1]).strip()
 
 
 def machine_info() -> dict[str, Any]:

@@ -80,7 +80,8 @@ commands() {
     *)
       local found
       found=$(bench_files "$1")
-      [[ -z $found ]] || echo "$PYTHON -m pytest $found -p no:cacheprovider --benchmark-quiet --benchmark-json $out/$1.json"
+      [[ -z $found ]] || echo "$PYTHON -m pytest $found -p no:cacheprovider --continue-on-collection-errors" \
+        "--benchmark-quiet --benchmark-json $(printf %q "$out/$1.json")"
       ;;
   esac
 }
@@ -137,6 +138,7 @@ for part in "${parts[@]}"; do
     continue
   fi
   start=$SECONDS
+  rm -f "$out/$part.json"
   timeout -s INT -k 15 "$LIMIT" bash -c "$(commands "$part")"
   status=$?
   echo "== $part: $((SECONDS - start)) s, status $status"

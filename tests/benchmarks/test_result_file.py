@@ -52,9 +52,20 @@ def test_never_reached(benchmark):
 
 def run(folder: Path, end: str) -> dict[str, Any]:
     (folder / "bench_it.py").write_text(BENCH.replace("END", end))
+    (folder / "bench_broken.py").write_text("import torch\ntorch.no_such_name\n")
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "REPRDPO_COMMIT": "abc123+"}
-    command = [sys.executable, "-m", "pytest", "bench_it.py", "-p", "benchmarks.conftest", "-p", "no:cacheprovider"]
-    command += ["--benchmark-json", "out.json", "--rootdir", "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench_broken.py",
+        "bench_it.py",
+        "-p",
+        "benchmarks.conftest",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command += ["--benchmark-json", "out.json", "--rootdir", ".", "--continue-on-collection-errors"]
     subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=120, check=False)
     assert [path.name for path in folder.glob(".out*")] == []
     return load(folder / "out.json")
@@ -66,6 +77,9 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert result["complete"]
     assert result["commit_info"] == {"id": "abc123", "dirty": True}
     assert list(rows)[-1] == "test_never_reached"
+    broken = rows.pop("bench_broken.py")
+    assert broken["status"] == "red"
+    assert "has no attribute 'no_such_name'" in broken["reason"]
     assert {name: (row["status"], row["group"]) for name, row in rows.items()} == {
         "test_right": ("measured", "doubling"),
         "test_wrong": ("red", "doubling"),
@@ -86,7 +100,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
 def test_what_was_finished_is_kept(tmp_path: Path, end: str) -> None:
     result = run(tmp_path, end)
     assert not result["complete"]
-    assert [row["name"] for row in result["rows"]][:2] == ["test_right", "test_wrong"]
+    assert [row["name"] for row in result["rows"]][1:3] == ["test_right", "test_wrong"]
     assert "test_never_reached" not in json.dumps(result)
 
 
