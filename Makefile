@@ -21,7 +21,9 @@ test-slow: $(READY) ## the tests that take minutes
 
 bench: $(READY) ## time the ops beside their peers: build/benchmarks.json and .html
 	mkdir -p build
-	$(BIN)/python -m pytest benchmarks --benchmark-quiet --benchmark-json build/benchmarks.json; status=$$?; \
+	rm -f build/benchmarks.json
+	$(BIN)/python -m pytest benchmarks --continue-on-collection-errors --benchmark-quiet \
+	  --benchmark-json build/benchmarks.json; status=$$?; \
 	$(BIN)/python -m benchmarks.report build/benchmarks.json --page build/benchmarks.html && exit $$status
 
 lint: $(READY) ## ruff, mypy, import-linter, clang-format

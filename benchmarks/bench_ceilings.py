@@ -56,16 +56,21 @@ def test_matmul(benchmark: BenchmarkFixture, head: str, product: str, dtype: str
 def test_copy(benchmark: BenchmarkFixture) -> None:
     count = 2**27 if DEVICE == "cpu" else 2**30
     benchmark.group = f"ceiling: copy of {count / 1e9:.3g} GB"
+
+    def make_inputs(seed: int) -> list[Any]:
+        source = torch.randint(256, (count,), dtype=torch.uint8, device=DEVICE)
+        return [torch.zeros_like(source), source]
+
     measure(
         benchmark,
-        torch.clone,
-        lambda seed: [torch.randint(256, (count,), dtype=torch.uint8, device=DEVICE)],
-        oracle=lambda source: source,
+        torch.Tensor.copy_,
+        make_inputs,
+        oracle=lambda target, source: source,
         max_error=0,
         work=Work(bytes=2 * count),
         dtype=torch.uint8,
         device=DEVICE,
         peer=True,
-        implementation="torch.clone",
+        implementation="torch.Tensor.copy_",
         shape={"bytes": count},
     )

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Generator, Iterator
@@ -27,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "machine_info": machine_info(),
         "commit_info": commit_info(),
         "datetime": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "pytest " + " ".join(str(argument) for argument in config.invocation_params.args),
+        "command": shlex.join(["pytest", *map(_without_folder, map(str, config.invocation_params.args))]),
         "complete": False,
         "rows": [],
     }
@@ -40,6 +41,18 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if (report.when == "call" or report.outcome != "passed") and "benchmark" in getattr(item, "fixturenames", ()):
         item.config.stash[_RESULT]["rows"] += rows_of(item, benchmark, report)
         _save(item.config)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if report.outcome != "passed":  # a file that does not import is a row too
+        row = {"name": collector.name, "file": collector.path.name, "group": collector.path.name, "mode": "eager"}
+        status = "red" if report.failed else "skipped"
+        collector.config.stash[_RESULT]["rows"].append(row | {"status": status, "reason": _reason(report)})
     return report
 
 
@@ -62,13 +75,8 @@ def rows_of(item: pytest.Item, benchmark: Any, report: pytest.TestReport) -> lis
         **getattr(benchmark, "extra_info", {}),
     }
     graph = row.pop("graph", None)
-    if report.outcome == "skipped":
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        return [row | {"status": "skipped", "reason": reason.removeprefix("Skipped: ")}]
-    if report.outcome == "failed":
-        lines = report.longreprtext.strip().splitlines()
-        reason = next((line[1:] for line in lines if line.startswith("E ")), lines[-1])
-        return [row | {"status": "red", "reason": reason.strip()}]
+    if report.outcome != "passed":
+        return [row | {"status": "skipped" if report.skipped else "red", "reason": _reason(report)}]
     if "counted" in row:
         return [row | {"status": "counted", "reason": row["counted"]}]
     if "p50_s" not in row:
@@ -77,6 +85,15 @@ def rows_of(item: pytest.Item, benchmark: Any, report: pytest.TestReport) -> lis
         return [row]
     status = "skipped" if "reason" in graph else "measured"
     return [row, row | graph | {"mode": "graph", "status": status}]
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Why a test was skipped, or the line that says what went wrong."""
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        return reason.removeprefix("Skipped: ")
+    lines = report.longreprtext.strip().splitlines() or ["no reason given"]
+    return next((line[1:] for line in lines if line.startswith("E ")), lines[-1]).strip()
 
 
 def machine_info() -> dict[str, Any]:
@@ -106,6 +123,10 @@ def commit_info() -> dict[str, Any]:
 def _save(config: pytest.Config) -> None:
     if path := config.getoption("benchmark_json", None):
         write(config.stash[_RESULT], Path(path))
+
+
+def _without_folder(argument: str) -> str:
+    return Path(argument).name if os.path.isabs(argument) else argument
 
 
 def _output(*command: str) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 from cycler import cycler
 
 from benchmarks.report.record import Series
@@ -38,11 +39,16 @@ def _families(rows: list[Row]) -> dict[str, tuple[str, dict[str, list[Row]]]]:
     """Title to dimension and the rows of each implementation; at least one of them has two points or more."""
     found: dict[tuple[str, ...], dict[str, list[Row]]] = {}
     for row in _measured(rows):
-        question = (row["file"].removesuffix(".py"), row["name"].split("[")[0].removeprefix("test_"), row["dtype"])
+        question = (
+            row["file"].removesuffix(".py"),
+            row["name"].split("[")[0].removeprefix("test_"),
+            row["dtype"] or "",
+        )
         for dimension in DIMENSIONS:
             if dimension in row["shape"]:
                 rest = " ".join(f"{key}={value}" for key, value in row["shape"].items() if key != dimension)
-                key = (dimension, *question, f"upstream {row['upstream']:g}", row["mode"], rest)
+                upstream = "" if row["upstream"] is None else f"upstream {row['upstream']:g}"
+                key = (dimension, *question, upstream, row["mode"], rest)
                 found.setdefault(key, {}).setdefault(row["implementation"], []).append(row)
     families = {}
     for (dimension, *words), lines in found.items():
@@ -58,15 +64,18 @@ def _draw_lines(dimension: str, lines: dict[str, list[Row]], figure: Any) -> Non
         label = f"{name} (rounded)" if any(row["kind"] == "rounded" for row in rows) else name
         sizes = [row["shape"][dimension] for row in rows]
         time.plot(sizes, [1e3 * row["p50_s"] for row in rows], label=label)
-        memory.plot(sizes, [row["peak_bytes"] / 1e6 for row in rows], label=label)
-    time.set(xlabel=dimension, ylabel="median time, ms", xscale="log", yscale="log")
-    memory.set(xlabel=dimension, ylabel="peak extra memory, MB", xscale="log", yscale="log")
+        memory.plot(sizes, [max(row["peak_bytes"], 1e3) / 1e6 for row in rows], label=label)
+    ticks = sorted({row["shape"][dimension] for rows in lines.values() for row in rows})
+    for axes, quantity in ((time, "median time, ms"), (memory, "peak extra memory, MB")):
+        axes.set(xlabel=dimension, ylabel=quantity, xscale="log", yscale="log")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
     time.legend(frameon=False, fontsize="small")
 
 
 def roofline(rows: list[Row]) -> str | None:
     """Rate against intensity under the ceilings measured in the run; None where no row has matmuls."""
-    counted = [row for row in _measured(rows) if row["flop"] and row["bytes"]]
+    counted = [row for row in _measured(rows) if row["flop"] and row["bytes"] and row["floor_s"]]
     if not counted:
         return None
     return _svg(partial(_draw_roofline, counted, _measured(rows)), 7, 4.2)
@@ -78,22 +87,26 @@ def _draw_roofline(counted: list[Row], measured: list[Row], figure: Any) -> None
         points = [row for row in counted if row["implementation"] == implementation]
         intensity = [row["flop"] / row["bytes"] for row in points]
         axes.plot(intensity, [row["flop"] / row["p50_s"] for row in points], linestyle="", label=implementation)
+    dtypes = sorted({row["dtype"] for row in counted})
+    rates = {name: max(row["flop"] / row["floor_s"] for row in counted if row["dtype"] == name) for name in dtypes}
+    bandwidth = max(
+        (row["bytes"] / row["floor_s"] for row in measured if row["floor_s"] and not row["flop"]), default=None
+    )
     intensities = [row["flop"] / row["bytes"] for row in counted]
-    spread = (min(intensities) / 3, max(intensities) * 3)
-    for dtype in sorted({row["dtype"] for row in counted}):
-        rate = max(row["flop"] / row["floor_s"] for row in counted if row["dtype"] == dtype)
-        axes.axhline(rate, color="0.4", marker="", linewidth=1)
-        axes.annotate(f"fastest GEMM, {dtype}", (spread[0], rate), fontsize="small", va="bottom")
-    if bandwidths := [row["bytes"] / row["floor_s"] for row in measured if not row["flop"]]:
-        ceiling = [max(bandwidths) * each for each in spread]
-        axes.plot(spread, ceiling, color="0.4", marker="", linewidth=1, label="copy bandwidth")
+    ridges = [rate / bandwidth for rate in rates.values()] if bandwidth else []
+    spread = np.geomspace(min(intensities + ridges) / 3, max(intensities + ridges) * 3, 200)
+    for dtype, rate in rates.items():
+        ceiling = np.minimum(rate, bandwidth * spread) if bandwidth else np.full_like(spread, rate)
+        axes.plot(spread, ceiling, color="0.4", marker="", linewidth=1)
+        axes.annotate(f"fastest GEMM, {dtype}", (spread[-1], rate), fontsize="small", va="bottom", ha="right")
     axes.set(xlabel="FLOP per byte, counted", ylabel="FLOP/s", xscale="log", yscale="log")
     axes.legend(frameon=False, fontsize="small")
 
 
 def floor_shares(rows: list[Row]) -> str | None:
     """A bar for each measured row: its share of the floor."""
-    shown = sorted(_measured(rows), key=lambda row: (row["group"], row["p50_s"]), reverse=True)
+    measured = [row for row in _measured(rows) if row["floor_share"] is not None]
+    shown = sorted(measured, key=lambda row: (row["group"], row["p50_s"]), reverse=True)
     if not shown:
         return None
     return _svg(partial(_draw_shares, shown), 9, 1.2 + 0.24 * len(shown))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report.results import Result, check_same_device, commit, groups, load, merge
-from benchmarks.report.tables import Table
+from benchmarks.report.tables import Table, number
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ def series(results: list[Result]) -> list[Series]:
     """Every headline group's figure at each commit."""
     by_commit = [groups(result) for result in results]
     names = dict.fromkeys(
-        name for found in by_commit for name, rows in found.items() if any(row.get("headline") for row in rows)
+        name for found in by_commit for name, rows in found.items() if any(row["headline"] for row in rows)
     )
     lines = []
     for name in names:
         best = []
         for found in by_commit:
-            ours = [row for row in found.get(name, []) if not row.get("peer")]
+            ours = [row for row in found.get(name, []) if not row["peer"]]
             red = any(row["status"] == "red" for row in ours)
             measured = [row for row in ours if row["status"] == "measured"]
             best.append(measured[0] if measured and not red else None)
@@ -59,10 +59,11 @@ def series(results: list[Result]) -> list[Series]:
 def table(device: str, lines: list[Series]) -> Table:
     """Milliseconds and share of the floor, a column a commit."""
     commits = lines[0].commits if lines else []
-    rows = []
-    for line in lines:
-        pairs = zip(line.seconds, line.floor_share, strict=True)
-        rows.append(
-            [line.group, *("" if time is None else f"{1e3 * time:.3g} ms, {share:.2f}" for time, share in pairs)]
-        )
+    rows = [[line.group, *map(_figure, line.seconds, line.floor_share)] for line in lines]
     return Table(f"{device}: ours, and its share of the floor, by commit", ["", *commits], rows)
+
+
+def _figure(seconds: float | None, share: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{number(1e3 * seconds)} ms" + ("" if share is None else f", {share:.2f}")

@@ -10,8 +10,20 @@ Row = dict[str, Any]
 Result = dict[str, Any]
 
 SETTINGS = ("cpu", "capability", "threads", "cuda")
-NUMBERS = ("p20_s", "p50_s", "p80_s", "peak_bytes", "flop", "bytes", "floor_s", "floor_share", "error")
+NUMBERS = {"measured": ("p20_s", "p50_s", "p80_s", "peak_bytes", "flop", "bytes"), "counted": ("flop", "bytes")}
 STATUSES = ("measured", "counted", "skipped", "red")
+# What a row may leave out: a sum of parts has no oracle and no floor of its own.
+OPTIONAL: Row = {
+    "peer": False,
+    "shape": {},
+    "upstream": None,
+    "dtype": None,
+    "headline": None,
+    "kind": "unchecked",
+    "error": None,
+    "floor_s": None,
+    "floor_share": None,
+}
 
 
 def write(result: Result, path: Path) -> None:
@@ -30,8 +42,7 @@ def load(path: Path) -> Result:
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        for row in result["rows"]:
-            _check(row)
+        result["rows"] = [_checked(row) for row in result["rows"]]
         [result["machine_info"][key] for key in (*SETTINGS, "versions")]
         result["commit_info"]["id"], result["datetime"], result["complete"]
     except (OSError, UnicodeDecodeError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -107,16 +118,16 @@ def stamp(result: Result) -> str:
     return "; ".join(parts + ([] if result["complete"] else ["interrupted: only the rows finished by then"]))
 
 
-def _check(row: Row) -> None:
+def _checked(row: Row) -> Row:
     for key in ("name", "file", "group", "mode", "status"):
         if not isinstance(row[key], str):
             raise TypeError(f"{key} of a row is {row[key]!r}, not a text")
     if row["status"] not in STATUSES:
         raise TypeError(f"status of {row['name']} is {row['status']!r}, none of {', '.join(STATUSES)}")
-    if row["status"] == "measured":
-        for key in NUMBERS:
-            if not isinstance(row[key], (int, float)):
-                raise TypeError(f"{key} of {row['name']} is {row[key]!r}, not a number")
+    for key in NUMBERS.get(row["status"], ()):
+        if not isinstance(row[key], (int, float)):
+            raise TypeError(f"{key} of {row['name']} is {row[key]!r}, not a number")
+    return OPTIONAL | {"implementation": row["name"].removeprefix("test_"), "reason": ""} | row
 
 
 def _finite(value: Any) -> Any:

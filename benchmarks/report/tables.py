@@ -1,7 +1,6 @@
 """Result rows as tables: a group's rows, two commits side by side, the claims; in Markdown or HTML."""
 
 import html
-import math
 from dataclasses import dataclass
 
 from benchmarks.report.results import Result, Row, check_same_device, groups, key_of, stamp
@@ -28,6 +27,11 @@ class Table:
         return f"<h3>{html.escape(self.title)}</h3>\n<table>\n{line(self.header, 'th')}\n{body}\n</table>"
 
 
+def number(value: float) -> str:
+    """Three significant digits: 0.0123, 1610, 3.2e+07."""
+    return f"{float(f'{value:.3g}'):g}"
+
+
 def group_tables(result: Result) -> list[Table]:
     """Every row, one table a group, fastest first; what was not measured says why."""
     return [_group_table(name, rows) for name, rows in groups(result).items()]
@@ -43,19 +47,19 @@ def _group_table(name: str, rows: list[Row]) -> Table:
 def _cells(row: Row, width: int) -> list[str]:
     name = row["name"].removeprefix("test_") + ("" if row["mode"] == "eager" else f", {row['mode']}")
     if row["status"] != "measured":
-        counted = [f"{row['flop'] / 1e9:.4g}", f"{row['bytes'] / 1e6:.4g}"] if row["status"] == "counted" else []
+        counted = [number(row["flop"] / 1e9), number(row["bytes"] / 1e6)] if row["status"] == "counted" else []
         cells = [name, f"{row['status']}: {row['reason']}"]
         return [*cells, *[""] * (5 - len(cells)), *counted, *[""] * (width - 5 - len(counted))]
     cells = [
         name,
-        " / ".join(f"{1e3 * row[key]:.3g}" for key in ("p20_s", "p50_s", "p80_s")),
-        f"{row['floor_share']:.2f}",
+        " / ".join(number(1e3 * row[key]) for key in ("p20_s", "p50_s", "p80_s")),
+        _share(row),
         _error(row),
-        f"{row['peak_bytes'] / 1e6:.4g}",
-        f"{row['flop'] / 1e9:.4g}",
-        f"{row['bytes'] / 1e6:.4g}",
+        number(row["peak_bytes"] / 1e6),
+        number(row["flop"] / 1e9),
+        number(row["bytes"] / 1e6),
     ]
-    host = [f"{1e6 * row['host_s']:.3g}", str(row["launches"])] if row.get("launches") is not None else []
+    host = [number(1e6 * row["host_s"]), str(row["launches"])] if row.get("launches") is not None else []
     return [*cells, *host, *[""] * (width - len(cells) - len(host))]
 
 
@@ -73,9 +77,7 @@ def compare(new: Result, old: Result) -> Table:
     rows = []
     for row in shared:
         was = before[key_of(row)]
-        times = [
-            f"{1e3 * each['p50_s']:.3g}" if each["status"] == "measured" else each["status"] for each in (was, row)
-        ]
+        times = [number(1e3 * each["p50_s"]) if each["status"] == "measured" else each["status"] for each in (was, row)]
         rows.append([f"{row['name']} ({row['group']})", *times, _speed_up(was, row)])
     return Table(f"{stamp(old)}, then {stamp(new)}", ["", "before, ms", "after, ms", "times as fast"], rows)
 
@@ -86,7 +88,7 @@ def _speed_up(was: Row, row: Row) -> str:
     if not was["status"] == row["status"] == "measured":
         return "none: not measured in both"
     if was["kind"] != row["kind"]:
-        return f"none: {was['kind']} became {row['kind']} (error {was['error']:.1e}, now {row['error']:.1e})"
+        return f"none: {was['kind']} became {row['kind']} (error {_error(was)}, now {_error(row)})"
     return f"{was['p50_s'] / row['p50_s']:.2f}"
 
 
@@ -94,11 +96,11 @@ def kernel_claims(result: Result) -> Table:
     """Ours beside the fastest peer in each headline group; a group with a red row of ours claims nothing."""
     rows = [line for name, members in _headline(result, "kernel") for line in _kernel_claim(name, members)]
     header = ["", "ours, ms", "of the floor", "error", "peak extra, MB", "fastest peer as exact, ms", "times as fast"]
-    return Table(stamp(result), [*header, "fastest of all peers, ms"], rows)
+    return Table(stamp(result), [*header, "a faster rounded peer, ms"], rows)
 
 
 def _kernel_claim(name: str, members: list[Row]) -> list[list[str]]:
-    if red := [row for row in members if row["status"] == "red" and not row.get("peer")]:
+    if red := [row for row in members if row["status"] == "red" and not row["peer"]]:
         return [[name, f"red: {red[0]['name']}: {red[0]['reason']}", *[""] * 6]]
     lines = []
     for mode in ("eager", "graph"):
@@ -112,12 +114,12 @@ def _kernel_claim(name: str, members: list[Row]) -> list[list[str]]:
             [
                 name + ("" if mode == "eager" else ", in a CUDA graph"),
                 _named(ours),
-                f"{ours['floor_share']:.2f}",
-                f"{ours['error']:.1e}",
-                f"{ours['peak_bytes'] / 1e6:.4g}",
+                _share(ours),
+                _error(ours),
+                number(ours["peak_bytes"] / 1e6),
                 _named(exact) if exact else "none",
                 f"{exact['p50_s'] / ours['p50_s']:.2f}" if exact else "",
-                f"{_named(fastest)}, error {_error(fastest)}" if fastest and fastest is not exact else "the same",
+                f"{_named(fastest)}, error {_error(fastest)}" if fastest and fastest is not exact else "",
             ]
         )
     return lines
@@ -128,38 +130,38 @@ def cost_claims(result: Result) -> Table:
     lines = []
     for name, members in _headline(result, "claim"):
         rows = [row for row in members if row["status"] in ("measured", "counted")]
-        ours = next((row for row in rows if not row.get("peer")), None)
+        ours = next((row for row in rows if not row["peer"]), None)
         red = any(row["status"] == "red" for row in members)
         for row in members:
             if row not in rows or ours is None or red:
-                lines.append([name, _label(row), row.get("reason", ""), "", "", ""])
+                lines.append([name, row["implementation"], row["reason"], "", "", ""])
                 continue
             timed = row["status"] == ours["status"] == "measured"
             lines.append(
                 [
                     name,
-                    _label(row),
-                    f"{1e3 * row['p50_s']:.4g}" if row["status"] == "measured" else "counted only",
-                    f"{row['p50_s'] / ours['p50_s']:.3g}" if timed else "",
-                    f"{row['flop'] / 1e9:.4g}",
-                    f"{row['flop'] / ours['flop']:.3g}" if ours["flop"] else "",
+                    row["implementation"],
+                    number(1e3 * row["p50_s"]) if row["status"] == "measured" else "counted only",
+                    number(row["p50_s"] / ours["p50_s"]) if timed else "",
+                    number(row["flop"] / 1e9),
+                    number(row["flop"] / ours["flop"]) if ours["flop"] else "",
                 ]
             )
     return Table(stamp(result), ["", "way", "ms", "times ours", "GFLOP", "times ours, counted"], lines)
 
 
 def _headline(result: Result, kind: str) -> list[tuple[str, list[Row]]]:
-    return [(name, rows) for name, rows in groups(result).items() if any(row.get("headline") == kind for row in rows)]
+    return [(name, rows) for name, rows in groups(result).items() if any(row["headline"] == kind for row in rows)]
 
 
 def _named(row: Row) -> str:
-    return f"{1e3 * row['p50_s']:.3g} ({_label(row)})"
-
-
-def _label(row: Row) -> str:
-    return str(row.get("implementation") or row["name"].removeprefix("test_"))
+    return f"{number(1e3 * row['p50_s'])} ({row['implementation']})"
 
 
 def _error(row: Row) -> str:
-    error = row["error"] if row["error"] is not None else math.nan
-    return f"{error:.1e}" + (" (rounded)" if row["kind"] == "rounded" else "")
+    error = "" if row["error"] is None else f"{row['error']:.1e}"
+    return error if row["kind"] == "exact" else f"{error} ({row['kind']})".strip()
+
+
+def _share(row: Row) -> str:
+    return "" if row["floor_share"] is None else f"{row['floor_share']:.2f}"

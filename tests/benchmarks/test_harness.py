@@ -191,3 +191,43 @@ def test_floors() -> None:
 
 def test_rounds_fill_the_budget() -> None:
     assert [rounds_for(once, 1.0) for once in (0.0, 0.01, 10.0)] == [1000, 100, 5]
+
+
+def fail_to_capture(*arguments: Any) -> list[float]:
+    raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+@pytest.mark.parametrize(
+    ("host", "capture", "asked", "expected"),
+    [
+        (9e-6, lambda *arguments: [2e-6], None, {"p20_s": 2e-6, "p50_s": 2e-6, "p80_s": 2e-6}),
+        (9e-6, fail_to_capture, None, "cannot be captured: operation not permitted when stream is capturing"),
+        (1e-6, fail_to_capture, None, None),  # the device is what takes the time: a graph would tell nothing
+        (1e-6, lambda *arguments: [2e-6], True, {"p20_s": 2e-6, "p50_s": 2e-6, "p80_s": 2e-6}),
+        (9e-6, fail_to_capture, False, None),
+    ],
+)
+def test_on_cuda_a_call_that_waits_for_the_host_is_also_timed_in_a_graph(
+    monkeypatch: pytest.MonkeyPatch, host: float, capture: Any, asked: bool | None, expected: Any
+) -> None:
+    stand_ins = {
+        "device_name": "H200",
+        "free_bytes": 1,
+        "rotation_bytes": 1,
+        "peak_bytes": 1,
+        "seconds": 1e-3,
+        "event_seconds": [8e-6, 9e-6, 10e-6],
+        "host_seconds": host,
+        "launches": 3,
+        "copy_bandwidth": 32 / 1e-6,
+    }
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(f"benchmarks.harness.{name}", lambda *arguments, value=value: value)
+    monkeypatch.setattr("benchmarks.harness.graph_seconds", capture)
+    info = measured(double, device="cuda", graph=asked).extra_info
+    assert (info["p50_s"], info["host_s"], info["launches"]) == (9e-6, host, 3)
+    assert info["floor_share"] == pytest.approx(1 / 9)
+    if isinstance(expected, dict):
+        assert info["graph"] == expected | {"floor_share": 0.5}
+    else:
+        assert info.get("graph", {}).get("reason") == expected

@@ -89,6 +89,15 @@ def test_a_table_with_its_stamp(write: Write, capsys: pytest.CaptureFixture[str]
     ]
 
 
+def test_a_row_without_an_oracle_says_so(tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    left_out = ("peer", "shape", "upstream", "dtype", "headline", "kind", "error", "floor_s", "floor_share")
+    bare = {key: value for key, value in row().items() if key not in left_out}
+    page = tmp_path / "page.html"
+    assert main([write("a.json", result(bare)), "--page", str(page), "--record", str(tmp_path / "none")]) == 0
+    assert "| op[native] | 1 / 2 / 4 |  | (unchecked) | 3 | 4 | 5 |" in capsys.readouterr().out
+    assert "(unchecked)" in page.read_text(encoding="utf-8")
+
+
 def test_on_a_gpu_the_host_and_launches_are_shown(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     graph = row(mode="graph", seconds=1e-6)
     assert main([write("a.json", result(row(host_s=12e-6, launches=3), graph, machine_info={"cuda": ["H200"]}))]) == 0
@@ -149,7 +158,10 @@ def test_two_commits(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (unmeasured("red", "wrong result"), "| red | none: the check is red (wrong result) |"),
         (unmeasured("skipped", "no memory"), "| skipped | none: not measured in both |"),
-        (row(seconds=0.001, error=0.02, kind="rounded"), "none: exact became rounded (error 1.0e-07, now 2.0e-02)"),
+        (
+            row(seconds=0.001, error=0.02, kind="rounded"),
+            "none: exact became rounded (error 1.0e-07, now 2.0e-02 (rounded))",
+        ),
     ],
 )
 @pytest.mark.parametrize("turned", [False, True])
@@ -228,8 +240,8 @@ def test_the_cost_claim_has_both_ratios(tmp_path: Path, write: Write) -> None:
         unmeasured("counted", "not run", name="test_op[70B]", group="cost, T=512", headline="claim", flop=4e14),
     ]
     _, text = readme(tmp_path, write, result(*rows))
-    assert "| cost, T=512 | online | 2000 | 2e+06 | 3e+04 | 3e+07 |" in text
-    assert "| cost, T=512 | 70B | counted only |  | 4e+05 | 4e+08 |" in text
+    assert "| cost, T=512 | online | 2000 | 2e+06 | 30000 | 3e+07 |" in text
+    assert "| cost, T=512 | 70B | counted only |  | 400000 | 4e+08 |" in text
 
 
 def test_a_file_is_quoted_from_its_newest_run(tmp_path: Path, write: Write) -> None:

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from benchmarks.conftest import rows_of
 from benchmarks.report.results import load
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -50,9 +52,20 @@ def test_never_reached(benchmark):
 
 def run(folder: Path, end: str) -> dict[str, Any]:
     (folder / "bench_it.py").write_text(BENCH.replace("END", end))
+    (folder / "bench_broken.py").write_text("import torch\ntorch.no_such_name\n")
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "REPRDPO_COMMIT": "abc123+"}
-    command = [sys.executable, "-m", "pytest", "bench_it.py", "-p", "benchmarks.conftest", "-p", "no:cacheprovider"]
-    command += ["--benchmark-json", "out.json", "--rootdir", "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench_broken.py",
+        "bench_it.py",
+        "-p",
+        "benchmarks.conftest",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command += ["--benchmark-json", "out.json", "--rootdir", ".", "--continue-on-collection-errors"]
     subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=120, check=False)
     assert [path.name for path in folder.glob(".out*")] == []
     return load(folder / "out.json")
@@ -64,6 +77,9 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert result["complete"]
     assert result["commit_info"] == {"id": "abc123", "dirty": True}
     assert list(rows)[-1] == "test_never_reached"
+    broken = rows.pop("bench_broken.py")
+    assert broken["status"] == "red"
+    assert "has no attribute 'no_such_name'" in broken["reason"]
     assert {name: (row["status"], row["group"]) for name, row in rows.items()} == {
         "test_right": ("measured", "doubling"),
         "test_wrong": ("red", "doubling"),
@@ -84,5 +100,19 @@ def test_a_whole_run(tmp_path: Path) -> None:
 def test_what_was_finished_is_kept(tmp_path: Path, end: str) -> None:
     result = run(tmp_path, end)
     assert not result["complete"]
-    assert [row["name"] for row in result["rows"]][:2] == ["test_right", "test_wrong"]
+    assert [row["name"] for row in result["rows"]][1:3] == ["test_right", "test_wrong"]
     assert "test_never_reached" not in json.dumps(result)
+
+
+@pytest.mark.parametrize(
+    ("graph", "expected"),
+    [
+        ({"p50_s": 1e-6}, [("eager", "measured", 5e-6), ("graph", "measured", 1e-6)]),
+        ({"reason": "cannot be captured"}, [("eager", "measured", 5e-6), ("graph", "skipped", 5e-6)]),
+    ],
+)
+def test_a_graph_is_a_row_of_its_own(graph: dict[str, Any], expected: list[tuple[str, str, float]]) -> None:
+    item: Any = SimpleNamespace(name="test_op[native]", path=Path("bench_op.py"), originalname="test_op")
+    benchmark = SimpleNamespace(group="op", extra_info={"p50_s": 5e-6, "graph": graph})
+    rows = rows_of(item, benchmark, SimpleNamespace(outcome="passed"))  # type: ignore[arg-type]
+    assert [(row["mode"], row["status"], row["p50_s"]) for row in rows] == expected
