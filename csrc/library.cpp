@@ -1,15 +1,18 @@
-// Every native op: its schema, and which function serves it on the CPU. The public ops, torch.ops.reprdpo.*,
-// their checks, fakes and autograd are Python's (reprdpo/ops); these are called by them alone.
+// Every native op: its schema, and which function serves it on the CPU (on CUDA: library_cuda.cpp). The public ops,
+// torch.ops.reprdpo.*, their checks, fakes and autograd are Python's (reprdpo/ops); these are called by them alone.
 #include <torch/csrc/stable/library.h>
 
 #include "common/cpu_capability.h"
 #include "ops.h"
 
 namespace {
+std::string build() { return REPRDPO_BUILD; }
 std::string cpu_capability_name() { return reprdpo::name(reprdpo::cpu_capability()); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(reprdpo_native, library) {
+  library.def("cpu_build() -> str");
+  library.def("cuda_build() -> str");
   library.def("cpu_capability() -> str");
   library.def(
       "probe_reward(Tensor[] hidden_states, Tensor? index, Tensor probe_weight, Tensor probe_bias, "
@@ -18,6 +21,7 @@ STABLE_TORCH_LIBRARY(reprdpo_native, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CompositeExplicitAutograd, library) {
+  library.impl("cpu_build", TORCH_BOX(&build));
   library.impl("cpu_capability", TORCH_BOX(&cpu_capability_name));
 }
 
