@@ -8,19 +8,13 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "common/element_types.h"
+
 #if defined(REPRDPO_CAPABILITY_AVX2) || defined(REPRDPO_CAPABILITY_AVX512)
 #include <immintrin.h>
 #endif
 
 namespace reprdpo {
-
-// Storage only; arithmetic is in float.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
 
 namespace REPRDPO_CAPABILITY {
 
