@@ -79,7 +79,7 @@ struct Vec {
   __m512 value;
 
   static Vec zero() { return {_mm512_setzero_ps()}; }
-  static Vec fill(float value) { return {_mm512_set1_ps(value)}; }
+  static Vec broadcast(float everywhere) { return {_mm512_set1_ps(everywhere)}; }
   static Vec load(const float* from) { return {_mm512_loadu_ps(from)}; }
   static Vec load(const BFloat16* from) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -126,7 +126,7 @@ struct Vec {
   __m256 value;
 
   static Vec zero() { return {_mm256_setzero_ps()}; }
-  static Vec fill(float value) { return {_mm256_set1_ps(value)}; }
+  static Vec broadcast(float everywhere) { return {_mm256_set1_ps(everywhere)}; }
   static Vec load(const float* from) { return {_mm256_loadu_ps(from)}; }
   static Vec load(const BFloat16* from) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -185,8 +185,8 @@ struct Vec {
     return result;
   }
   static Vec zero() { return {{}}; }
-  static Vec fill(float value) {
-    return each([&](int) { return value; });
+  static Vec broadcast(float everywhere) {
+    return each([&](int) { return everywhere; });
   }
   template <typename T>
   static Vec load(const T* from) {
@@ -261,29 +261,29 @@ inline void store_partial(Vec from, T* to, int64_t count) {
 // e^x for x <= 0 within 1.1 ulp; 0 where that is under the smallest normal number, NaN for NaN.
 // x = n log 2 + r, and on |r| <= log(2) / 2 a minimax polynomial of degree 6 with the first two terms exact.
 inline Vec exp_nonpositive(Vec x) {
-  const Vec n = (x * Vec::fill(0x1.715476p+0f)).round();
-  Vec r = Vec::multiply_add(n, Vec::fill(-0x1.62ep-1f), x);
-  r = Vec::multiply_add(n, Vec::fill(-0x1.0bfbe8p-15f), r);
-  Vec p = Vec::multiply_add(r, Vec::fill(0.0013814538f), Vec::fill(0.0083687453f));
-  p = Vec::multiply_add(p, r, Vec::fill(0.041668391f));
-  p = Vec::multiply_add(p, r, Vec::fill(0.16666520f));
-  p = Vec::multiply_add(p, r, Vec::fill(0.49999993f));
-  p = Vec::multiply_add(p * r, r, r) + Vec::fill(1.0f);
-  return Vec::select_less(x, Vec::fill(-87.33654f), Vec::zero(), p.times_power_of_two(n));
+  const Vec n = (x * Vec::broadcast(0x1.715476p+0f)).round();
+  Vec r = Vec::multiply_add(n, Vec::broadcast(-0x1.62ep-1f), x);
+  r = Vec::multiply_add(n, Vec::broadcast(-0x1.0bfbe8p-15f), r);
+  Vec p = Vec::multiply_add(r, Vec::broadcast(0.0013814538f), Vec::broadcast(0.0083687453f));
+  p = Vec::multiply_add(p, r, Vec::broadcast(0.041668391f));
+  p = Vec::multiply_add(p, r, Vec::broadcast(0.16666520f));
+  p = Vec::multiply_add(p, r, Vec::broadcast(0.49999993f));
+  p = Vec::multiply_add(p * r, r, r) + Vec::broadcast(1.0f);
+  return Vec::select_less(x, Vec::broadcast(-87.33654f), Vec::zero(), p.times_power_of_two(n));
 }
 
 // Within 2 ulp. Near 0 an odd minimax polynomial, elsewhere 1 - 2 e / (1 + e) with e = exp(-2 |x|).
 inline Vec tanh(Vec x) {
-  const Vec size = x.magnitude(), square = x * x, one = Vec::fill(1.0f);
-  Vec p = Vec::multiply_add(square, Vec::fill(-0.0058951503f), Vec::fill(0.020795965f));
-  p = Vec::multiply_add(p, square, Vec::fill(-0.053783838f));
-  p = Vec::multiply_add(p, square, Vec::fill(0.13331924f));
-  p = Vec::multiply_add(p, square, Vec::fill(-0.33333298f));
+  const Vec size = x.magnitude(), square = x * x, one = Vec::broadcast(1.0f);
+  Vec p = Vec::multiply_add(square, Vec::broadcast(-0.0058951503f), Vec::broadcast(0.020795965f));
+  p = Vec::multiply_add(p, square, Vec::broadcast(-0.053783838f));
+  p = Vec::multiply_add(p, square, Vec::broadcast(0.13331924f));
+  p = Vec::multiply_add(p, square, Vec::broadcast(-0.33333298f));
   const Vec small = Vec::multiply_add(p * square, x, x);
-  const Vec e = exp_nonpositive(size * Vec::fill(-2.0f));
+  const Vec e = exp_nonpositive(size * Vec::broadcast(-2.0f));
   const Vec large = one - (e + e) / (one + e);
   const Vec signed_large = Vec::select_less(x, Vec::zero(), Vec::zero() - large, large);
-  return Vec::select_less(size, Vec::fill(0.6f), small, signed_large);
+  return Vec::select_less(size, Vec::broadcast(0.6f), small, signed_large);
 }
 
 }  // namespace REPRDPO_CAPABILITY

@@ -18,8 +18,10 @@ constexpr int kPanelVecs = 2;
 constexpr int64_t kPanel = kPanelVecs * Vec::kWidth;
 static_assert(kBlockRows % kTileRows == 0);
 
-// Steps of the depth whose part of a panel, 128 KiB, stays in the second-level cache.
-constexpr int64_t kStepBlock = 512;
+// Steps of the depth that are summed at once: their part of a panel stays in the second-level cache, and partial
+// sums keep the rounding error small.
+template <typename Op>
+constexpr int64_t kStepBlock = Op::kDepth == 1 ? 256 : 512;
 
 constexpr float kLowest = -0x1.fffffep127f;
 constexpr float kSmallestNormal = 0x1p-126f;
@@ -31,7 +33,7 @@ struct FloatOp {
   static Vec broadcast(const char* from) {
     float unit;
     memcpy(&unit, from, sizeof unit);
-    return Vec::fill(unit);
+    return Vec::broadcast(unit);
   }
   static Vec load(const Unit* from) { return Vec::load(from); }
   static Vec multiply_add(Vec a, Vec b, Vec sum) { return Vec::multiply_add(a, b, sum); }
@@ -169,7 +171,7 @@ void multiply_tile(const char* const* rows, const typename Op::Unit* panel, int6
   Vec sums[kTileRows][kVecs];
   for (int r = 0; r < kTileRows; ++r) {
     for (int v = 0; v < kVecs; ++v) {
-      sums[r][v] = first ? Vec::zero() : Vec::load(out + r * kPanel + v * Vec::kWidth);
+      sums[r][v] = Vec::zero();
     }
   }
   const char* at[kTileRows];
@@ -183,7 +185,10 @@ void multiply_tile(const char* const* rows, const typename Op::Unit* panel, int6
     }
   }
   for (int r = 0; r < kTileRows; ++r) {
-    for (int v = 0; v < kVecs; ++v) sums[r][v].store(out + r * kPanel + v * Vec::kWidth);
+    for (int v = 0; v < kVecs; ++v) {
+      float* to = out + r * kPanel + v * Vec::kWidth;
+      (first ? sums[r][v] : sums[r][v] + Vec::load(to)).store(to);
+    }
   }
 }
 
@@ -224,7 +229,7 @@ void multiply_type(const Rows& rows, int64_t first, int64_t count, const void* p
   }
   int64_t begin = 0;
   do {
-    const int64_t block = smaller(kStepBlock, steps - begin);
+    const int64_t block = smaller(kStepBlock<Op>, steps - begin);
     for (int64_t c = 0; c < columns; c += kPanel) {
       const Unit* panel = static_cast<const Unit*>(panels) + c * steps + begin * kPanel;
       for (int64_t r = 0; r < count; r += kTileRows) {
@@ -263,12 +268,12 @@ void transform_columns(float* logits, int64_t count, const float* bias, Transfor
                        float* total) {
   Vec highest[kVecs], sums[kVecs];
   for (int v = 0; v < kVecs; ++v) {
-    highest[v] = Vec::fill(-__builtin_inff());
+    highest[v] = Vec::broadcast(-__builtin_inff());
     sums[v] = Vec::zero();
   }
-  const Vec scale = Vec::fill(transform.scale), cap = Vec::fill(transform.cap);
+  const Vec scale = Vec::broadcast(transform.scale), cap = Vec::broadcast(transform.cap);
   for (int64_t r = 0; r < count; ++r) {
-    const Vec b = Vec::fill(bias == nullptr ? 0.0f : bias[r]);
+    const Vec b = Vec::broadcast(bias == nullptr ? 0.0f : bias[r]);
     for (int v = 0; v < kVecs; ++v) {
       float* at = logits + r * kPanel + v * Vec::kWidth;
       Vec z = (Vec::load(at) + b) * scale;
@@ -307,20 +312,20 @@ void exponentiate_columns(float* logits, int64_t count, Transform transform, Wan
   Vec origin[kVecs], sums[kVecs], entrs[kVecs];
   for (int v = 0; v < kVecs; ++v) {
     // A block of -inf alone, which has no maximum to subtract, sums to 0.
-    origin[v] = Vec::max(Vec::load(most + v * Vec::kWidth), Vec::fill(kLowest));
+    origin[v] = Vec::max(Vec::load(most + v * Vec::kWidth), Vec::broadcast(kLowest));
     sums[v] = entrs[v] = Vec::zero();
   }
-  const Vec inverse_cap = Vec::fill(transform.cap != 0 ? 1 / transform.cap : 0);
+  const Vec inverse_cap = Vec::broadcast(transform.cap != 0 ? 1 / transform.cap : 0);
   for (int64_t r = 0; r < count; ++r) {
     for (int v = 0; v < kVecs; ++v) {
       float* at = logits + r * kPanel + v * Vec::kWidth;
       const Vec z = Vec::load(at), x = z - origin[v];
       Vec e = exp_nonpositive(x);
       sums[v] = sums[v] + e;
-      if (kEntropy) entrs[v] = Vec::multiply_add(e, Vec::max(Vec::fill(-100.0f), x), entrs[v]);
+      if (kEntropy) entrs[v] = Vec::multiply_add(e, Vec::max(Vec::broadcast(-100.0f), x), entrs[v]);
       if (!wanted.residual) continue;
       if (transform.cap != 0) {
-        const Vec t = z * inverse_cap, slope = Vec::fill(1.0f) - t * t;
+        const Vec t = z * inverse_cap, slope = Vec::broadcast(1.0f) - t * t;
         e = Vec::select_less(Vec::zero(), e, e * slope, e);
       }
       e.store(at);
@@ -352,9 +357,9 @@ void softmax_block(float* logits, int64_t first, int64_t count, int64_t columns,
 
 void merge_blocks(int64_t blocks, int64_t stride, int64_t columns, Wanted wanted, BlockStats each,
                   BlockStats merged) {
-  const Vec lowest = Vec::fill(kLowest);
+  const Vec lowest = Vec::broadcast(kLowest);
   for (int64_t c = 0; c < columns; c += Vec::kWidth) {
-    Vec most = Vec::fill(-__builtin_inff());
+    Vec most = Vec::broadcast(-__builtin_inff());
     for (int64_t b = 0; b < blocks; ++b) most = Vec::max(Vec::load(each.most + b * stride + c), most);
     const Vec origin = Vec::max(most, lowest);
     Vec sum = Vec::zero(), entr = Vec::zero(), total = Vec::zero();
@@ -375,7 +380,7 @@ void merge_blocks(int64_t blocks, int64_t stride, int64_t columns, Wanted wanted
     if (wanted.stats) total.store(merged.total + c);
     if (!wanted.residual) continue;
     // Where nothing but the label has any mass the residual is the label's alone.
-    const Vec inverse = Vec::select_less(sum, Vec::fill(kSmallestNormal), Vec::zero(), Vec::fill(-1.0f) / sum);
+    const Vec inverse = Vec::select_less(sum, Vec::broadcast(kSmallestNormal), Vec::zero(), Vec::broadcast(-1.0f) / sum);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t at = b * stride + c;
       const Vec share = exp_nonpositive(Vec::max(Vec::load(each.most + at), lowest) - origin);
@@ -392,10 +397,10 @@ void residual_type(const float* logits, int64_t first, int64_t count, int64_t co
     T* to = residual + r * stride;
     const float* from = logits + r * kPanel;
     for (int64_t c = 0; c < whole; c += Vec::kWidth) {
-      (Vec::load(from + c) * (Vec::load(factor + c) * Vec::fill(scale))).store(to + c);
+      (Vec::load(from + c) * (Vec::load(factor + c) * Vec::broadcast(scale))).store(to + c);
     }
     if (whole == columns) continue;
-    const Vec last = Vec::load(from + whole) * (Vec::load(factor + whole) * Vec::fill(scale));
+    const Vec last = Vec::load(from + whole) * (Vec::load(factor + whole) * Vec::broadcast(scale));
     store_partial(last, to + whole, columns - whole);
   }
   for (int64_t c = 0; c < columns; ++c) {

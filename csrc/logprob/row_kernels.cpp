@@ -52,7 +52,7 @@ float highest_of(Vec lanes) {
 
 template <typename T>
 float highest_of(const T* from, int64_t count) {
-  Vec highest = Vec::fill(-kInfinity);
+  Vec highest = Vec::broadcast(-kInfinity);
   for (int64_t i = 0; i < count; i += Vec::kWidth) {
     highest = Vec::max(load_up_to(from + i, count - i, -kInfinity), highest);
   }
@@ -61,8 +61,8 @@ float highest_of(const T* from, int64_t count) {
 
 // z over u; its maximum and sum.
 void transform_row(float* u, int64_t count, const float* bias, Transform transform, RowStats* stats) {
-  Vec highest = Vec::fill(-kInfinity);
-  const Vec scale = Vec::fill(transform.scale), cap = Vec::fill(transform.cap);
+  Vec highest = Vec::broadcast(-kInfinity);
+  const Vec scale = Vec::broadcast(transform.scale), cap = Vec::broadcast(transform.cap);
   const bool plain = bias == nullptr && transform.scale == 1 && transform.cap == 0;
   stats->total = 0;
   for (int64_t begin = 0; begin < count; begin += kChunk) {
@@ -88,8 +88,8 @@ void transform_row(float* u, int64_t count, const float* bias, Transform transfo
 // e = exp(z - most) over z, times 1 - tanh^2 under a softcap; sums of e and e (z - most).
 template <bool kEntropy>
 void exponentiate_row(float* z, int64_t count, Transform transform, RowStats* stats) {
-  const Vec origin = Vec::fill(stats->most > kLowest ? stats->most : kLowest);
-  const Vec inverse_cap = Vec::fill(transform.cap != 0 ? 1 / transform.cap : 0);
+  const Vec origin = Vec::broadcast(stats->most > kLowest ? stats->most : kLowest);
+  const Vec inverse_cap = Vec::broadcast(transform.cap != 0 ? 1 / transform.cap : 0);
   stats->sum = stats->entr = 0;
   for (int64_t begin = 0; begin < count; begin += kChunk) {
     const int64_t end = smaller(begin + kChunk, count);
@@ -98,9 +98,9 @@ void exponentiate_row(float* z, int64_t count, Transform transform, RowStats* st
       const Vec logit = load_up_to(z + i, end - i, -kInfinity), x = logit - origin;
       Vec e = exp_nonpositive(x);
       sum = sum + e;
-      if (kEntropy) entr = Vec::multiply_add(e, Vec::max(Vec::fill(-100.0f), x), entr);
+      if (kEntropy) entr = Vec::multiply_add(e, Vec::max(Vec::broadcast(-100.0f), x), entr);
       if (transform.cap != 0) {
-        const Vec t = logit * inverse_cap, slope = Vec::fill(1.0f) - t * t;
+        const Vec t = logit * inverse_cap, slope = Vec::broadcast(1.0f) - t * t;
         e = Vec::select_less(Vec::zero(), e, e * slope, e);
       }
       store_up_to(e, z + i, end - i);
@@ -113,7 +113,7 @@ void exponentiate_row(float* z, int64_t count, Transform transform, RowStats* st
 template <typename T>
 void scale_row(const float* from, int64_t count, float factor, T* to) {
   for (int64_t i = 0; i < count; i += Vec::kWidth) {
-    store_up_to(load_up_to(from + i, count - i, 0) * Vec::fill(factor), to + i, count - i);
+    store_up_to(load_up_to(from + i, count - i, 0) * Vec::broadcast(factor), to + i, count - i);
   }
 }
 
@@ -154,8 +154,8 @@ double sum_exponentials(const T* u, int64_t count, float scale, float most) {
     const int64_t end = smaller(begin + kChunk, count);
     Vec sum = Vec::zero();
     for (int64_t i = begin; i < end; i += Vec::kWidth) {
-      const Vec z = load_up_to(u + i, end - i, -kInfinity) * Vec::fill(scale);
-      sum = sum + exp_nonpositive(z - Vec::fill(most));
+      const Vec z = load_up_to(u + i, end - i, -kInfinity) * Vec::broadcast(scale);
+      sum = sum + exp_nonpositive(z - Vec::broadcast(most));
     }
     total += sum.sum();
   }
@@ -181,8 +181,8 @@ void logprob_row_backward(Element type, const void* u, int64_t count, int64_t la
     const T* row = static_cast<const T*>(u);
     T* to = static_cast<T*>(out);
     for (int64_t i = 0; i < count; i += Vec::kWidth) {
-      const Vec z = load_up_to(row + i, count - i, 0) * Vec::fill(scale);
-      store_up_to(exp_nonpositive(z - Vec::fill(most)) * Vec::fill(factor), to + i, count - i);
+      const Vec z = load_up_to(row + i, count - i, 0) * Vec::broadcast(scale);
+      store_up_to(exp_nonpositive(z - Vec::broadcast(most)) * Vec::broadcast(factor), to + i, count - i);
     }
     if (label >= 0) from_float(label_gradient, to + label);
   });
