@@ -30,7 +30,8 @@ STABLE_TORCH_LIBRARY(reprdpo_native, library) {
       "float? softcap, float temperature, bool residual, bool entropy, bool stats) "
       "-> (Tensor logp, Tensor row_stats, Tensor entropy, Tensor top1, Tensor mean_logit, Tensor residual)");
   library.def(
-      "residual_weight_grad(Tensor residual, Tensor hidden, Tensor scale, Tensor(a!) out, bool accumulate) -> ()");
+      "residual_weight_grad(Tensor residual, Tensor hidden, Tensor scale, Tensor(a!) out, bool accumulate) "
+      "-> ()");
   library.def(
       "token_residual(Tensor(a!) logits, Tensor labels, Tensor? bias, float logit_scale, float? softcap, "
       "float temperature, ScalarType? residual_dtype, bool entropy, bool stats) "

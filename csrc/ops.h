@@ -45,12 +45,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_token_residual
 void residual_weight_grad_cpu(Tensor residual, Tensor hidden, Tensor scale, Tensor out, bool accumulate);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_residual_cpu(
-    Tensor logits, Tensor labels, std::optional<Tensor> bias, double logit_scale, std::optional<double> softcap,
-    double temperature, std::optional<ScalarType> residual_dtype, bool entropy, bool stats);
+    Tensor logits, Tensor labels, std::optional<Tensor> bias, double logit_scale,
+    std::optional<double> softcap, double temperature, std::optional<ScalarType> residual_dtype, bool entropy,
+    bool stats);
 
-std::tuple<Tensor, Tensor> logprob_cpu(Tensor logits, Tensor labels, double temperature, int64_t ignore_index);
+std::tuple<Tensor, Tensor> logprob_cpu(Tensor logits, Tensor labels, double temperature,
+                                       int64_t ignore_index);
 
-void logprob_backward_cpu(Tensor grad_logp, Tensor logits, Tensor labels, Tensor row_stats, double temperature,
-                          int64_t ignore_index, Tensor out);
+void logprob_backward_cpu(Tensor grad_logp, Tensor logits, Tensor labels, Tensor row_stats,
+                          double temperature, int64_t ignore_index, Tensor out);
 
 }  // namespace reprdpo

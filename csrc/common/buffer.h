@@ -14,8 +14,8 @@ namespace reprdpo {
 
 constexpr size_t kLargePage = size_t{1} << 21;
 
-// Asks for large pages under memory that nothing has touched yet: a fault for each small page of a large result
-// costs as much as writing it.
+// Asks for large pages under memory that nothing has touched yet: a fault for each small page of a large
+// result costs as much as writing it.
 inline void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #ifdef __linux__
   const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) / kLargePage * kLargePage;

@@ -24,7 +24,8 @@ CpuCapability best_supported() {
 CpuCapability highest_wanted() {
   const char* asked = std::getenv("REPRDPO_CPU_CAPABILITY");
   if (asked != nullptr) {
-    for (CpuCapability capability : {CpuCapability::kPortable, CpuCapability::kAvx2, CpuCapability::kAvx512}) {
+    for (CpuCapability capability :
+         {CpuCapability::kPortable, CpuCapability::kAvx2, CpuCapability::kAvx512}) {
       if (std::strcmp(asked, name(capability)) == 0) return capability;
     }
   }

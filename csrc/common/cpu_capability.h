@@ -11,14 +11,14 @@ CpuCapability cpu_capability();
 
 const char* name(CpuCapability capability);
 
-// A kernel compiled in the namespaces portable, avx2 and avx512, as this machine should call it; in the second
-// form also in avx512bf16.
+// A kernel compiled in the namespaces portable, avx2 and avx512, as this machine should call it; in the
+// second form also in avx512bf16.
 #ifdef REPRDPO_X86_KERNELS
 #define REPRDPO_PICK(kernel)                                                          \
   (::reprdpo::cpu_capability() >= ::reprdpo::CpuCapability::kAvx512 ? &avx512::kernel \
    : ::reprdpo::cpu_capability() == ::reprdpo::CpuCapability::kAvx2 ? &avx2::kernel   \
                                                                     : &portable::kernel)
-#define REPRDPO_PICK_BF16(kernel)                                                                 \
+#define REPRDPO_PICK_BF16(kernel)                                                             \
   (::reprdpo::cpu_capability() == ::reprdpo::CpuCapability::kAvx512Bf16 ? &avx512bf16::kernel \
                                                                         : REPRDPO_PICK(kernel))
 #else

@@ -94,7 +94,8 @@ struct Vec {
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    const __m512i high = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
+    const __m512i high =
+        _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(high));
   }
   void store(Half* to) const {
@@ -217,9 +218,8 @@ struct Vec {
   }
   Vec times_power_of_two(const Vec& n) const {
     // The sum's low bits are n: no conversion, which would be undefined for NaN.
-    return each([&](int i) {
-      return value[i] * bits_to_float((float_to_bits(n.value[i] + 0x1.8p23f) + 127) << 23);
-    });
+    return each(
+        [&](int i) { return value[i] * bits_to_float((float_to_bits(n.value[i] + 0x1.8p23f) + 127) << 23); });
   }
   Vec operator+(const Vec& other) const {
     return each([&](int i) { return value[i] + other.value[i]; });

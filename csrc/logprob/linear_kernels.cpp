@@ -18,8 +18,8 @@ constexpr int kPanelVecs = 2;
 constexpr int64_t kPanel = kPanelVecs * Vec::kWidth;
 static_assert(kBlockRows % kTileRows == 0);
 
-// Steps of the depth that are summed at once: their part of a panel stays in the second-level cache, and partial
-// sums keep the rounding error small.
+// Steps of the depth that are summed at once: their part of a panel stays in the second-level cache, and
+// partial sums keep the rounding error small.
 template <typename Op>
 constexpr int64_t kStepBlock = Op::kDepth == 1 ? 256 : 512;
 
@@ -56,9 +56,7 @@ struct PairOp {
     return (Register)_mm512_set1_epi32(static_cast<int>(unit));
   }
   static Register load(const Unit* from) { return (Register)_mm512_loadu_si512(from); }
-  static Vec multiply_add(Register a, Register b, Vec sum) {
-    return {_mm512_dpbf16_ps(sum.value, a, b)};
-  }
+  static Vec multiply_add(Register a, Register b, Vec sum) { return {_mm512_dpbf16_ps(sum.value, a, b)}; }
 };
 template <>
 struct OpOf<BFloat16> {
@@ -380,7 +378,8 @@ void merge_blocks(int64_t blocks, int64_t stride, int64_t columns, Wanted wanted
     if (wanted.stats) total.store(merged.total + c);
     if (!wanted.residual) continue;
     // Where nothing but the label has any mass the residual is the label's alone.
-    const Vec inverse = Vec::select_less(sum, Vec::broadcast(kSmallestNormal), Vec::zero(), Vec::broadcast(-1.0f) / sum);
+    const Vec inverse =
+        Vec::select_less(sum, Vec::broadcast(kSmallestNormal), Vec::zero(), Vec::broadcast(-1.0f) / sum);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t at = b * stride + c;
       const Vec share = exp_nonpositive(Vec::max(Vec::load(each.most + at), lowest) - origin);
@@ -420,8 +419,8 @@ void residual_block(const float* logits, int64_t first, int64_t count, int64_t c
   });
 }
 
-void store_block(const float* logits, int64_t count, int64_t columns, bool accumulate, Element type, void* out,
-                 int64_t stride) {
+void store_block(const float* logits, int64_t count, int64_t columns, bool accumulate, Element type,
+                 void* out, int64_t stride) {
   with_type(type, [&](auto element) {
     using T = decltype(element);
     const int64_t whole = columns - columns % Vec::kWidth;

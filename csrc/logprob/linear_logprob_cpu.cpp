@@ -45,8 +45,8 @@ void pack_hidden(const Rows& hidden, int64_t tokens, char* into) {
 // One call of linear_token_residual, tile of tokens by tile of tokens.
 class LinearPass {
  public:
-  LinearPass(const Rows& hidden, int64_t tokens, const Rows& weight, int64_t vocabulary, const int64_t* labels,
-             const float* bias, Transform transform, Wanted wanted)
+  LinearPass(const Rows& hidden, int64_t tokens, const Rows& weight, int64_t vocabulary,
+             const int64_t* labels, const float* bias, Transform transform, Wanted wanted)
       : weight_(weight),
         tokens_(tokens),
         vocabulary_(vocabulary),
@@ -96,7 +96,8 @@ class LinearPass {
     return {at, at + size, at + 2 * size, at + 3 * size};
   }
   PanelLabels panel_labels(int64_t column) {
-    return {label_.data() + column, target_.data() + column, wanted_.stats ? leads_.data() + column : nullptr};
+    return {label_.data() + column, target_.data() + column,
+            wanted_.stats ? leads_.data() + column : nullptr};
   }
 
   void take_labels(int64_t first, int64_t count) {
@@ -223,12 +224,14 @@ void residual_weight_grad_cpu(Tensor residual, Tensor hidden, Tensor scale, Tens
   Buffer packed(static_cast<size_t>(panels * bytes));
   for_blocks(panels, 0, [&](int64_t p, char*) {
     const int64_t first = p * k.panel_columns;
-    k.pack_columns(hidden_rows, n, scales, first, std::min(k.panel_columns, D - first), packed.as() + p * bytes);
+    k.pack_columns(hidden_rows, n, scales, first, std::min(k.panel_columns, D - first),
+                   packed.as() + p * bytes);
   });
 
   // Panels whose sums one thread holds at once, in its second-level cache.
   constexpr int64_t kPanels = 4;
-  const int64_t group = kPanels * k.panel_columns, own = kBlockRows * group * static_cast<int64_t>(sizeof(float));
+  const int64_t group = kPanels * k.panel_columns,
+                own = kBlockRows * group * static_cast<int64_t>(sizeof(float));
   char* const gradient = static_cast<char*>(out.mutable_data_ptr());
   const int64_t element_size = static_cast<int64_t>(out.element_size()), stride = out.stride(0);
   if (!accumulate) prefer_large_pages(gradient, static_cast<size_t>(V * stride * element_size));
@@ -237,7 +240,8 @@ void residual_weight_grad_cpu(Tensor residual, Tensor hidden, Tensor scale, Tens
     const int64_t row = b * kBlockRows, rows = std::min<int64_t>(kBlockRows, V - row);
     for (int64_t first = 0; first < D; first += group) {
       const int64_t columns = std::min(group, D - first);
-      k.multiply(from, row, rows, packed.as() + first / k.panel_columns * bytes, columns, scratch + own, sums);
+      k.multiply(from, row, rows, packed.as() + first / k.panel_columns * bytes, columns, scratch + own,
+                 sums);
       for (int64_t c = 0; c < columns; c += k.panel_columns) {
         k.store_block(sums + c / k.panel_columns * kBlockRows * k.panel_columns, rows,
                       std::min(k.panel_columns, columns - c), accumulate, out_type,

@@ -1,8 +1,8 @@
 // Log-probabilities of labels and the residual that both gradients of a head are products of.
 //
 //   u = h W^T     z = cap tanh(scale (u + b)) with a softcap, else scale (u + b)     m = max_j z_j
-//   S_-y = sum over j != y of exp(z_j - m)     S = S_-y + exp(z_y - m)     log p_y = -log1p(S_-y exp(m - z_y))
-//   residual: G_y = 1, G_j = -exp(z_j - m) / S_-y for j != y, each times 1 - tanh^2 under a softcap
+//   S_-y = sum over j != y of exp(z_j - m)     S = S_-y + exp(z_y - m)     log p_y = -log1p(S_-y exp(m -
+//   z_y)) residual: G_y = 1, G_j = -exp(z_j - m) / S_-y for j != y, each times 1 - tanh^2 under a softcap
 //
 // S_-y is summed, never S - exp(z_y - m), so that nothing cancels as p_y goes to 1. An infinite or missing
 // number in a row makes that row NaN and no other.
@@ -67,7 +67,8 @@ struct LinearKernels {
   int64_t (*scratch_bytes)(const Rows& rows);
   // panel[k][c] = rows[first + c][k] for c < count <= panel_columns, 0 beyond.
   void (*pack_rows)(const Rows& rows, int64_t first, int64_t count, void* panel);
-  // panel[k][c] = scale[k] rows[k][first + c] for k < depth, rounded to bf16 where bf16 is multiplied as such.
+  // panel[k][c] = scale[k] rows[k][first + c] for k < depth, rounded to bf16 where bf16 is multiplied as
+  // such.
   void (*pack_columns)(const Rows& rows, int64_t depth, const float* scale, int64_t first, int64_t count,
                        void* panel);
   // logits[p][r][c] = sum_k rows[first + r][k] panels[p][k][c] for r < count <= kBlockRows and all `columns`.
@@ -79,9 +80,10 @@ struct LinearKernels {
                         Transform transform, Wanted wanted, PanelLabels labels, BlockStats stats);
   // All blocks of a panel into one; block b's numbers lie b * stride further. Where the residual is wanted a
   // block's sum becomes the factor of its residuals, -exp(most of the block - most) / S_-y.
-  void (*merge_blocks)(int64_t blocks, int64_t stride, int64_t columns, Wanted wanted, BlockStats blocks_stats,
-                       BlockStats merged);
-  // residual[r][c] for the rows and columns of a block, `stride` elements from one vocabulary row to the next.
+  void (*merge_blocks)(int64_t blocks, int64_t stride, int64_t columns, Wanted wanted,
+                       BlockStats blocks_stats, BlockStats merged);
+  // residual[r][c] for the rows and columns of a block, `stride` elements from one vocabulary row to the
+  // next.
   void (*residual_block)(const float* logits, int64_t first, int64_t count, int64_t columns,
                          const float* factor, Transform transform, PanelLabels labels, Element type,
                          void* residual, int64_t stride);
@@ -105,7 +107,8 @@ struct RowKernels {
   void (*token_row)(float* u, int64_t count, int64_t label, const float* bias, Transform transform,
                     Wanted wanted, Element type, void* out, RowStats* stats);
   // Of z = scale u.
-  void (*logprob_row)(Element type, const void* u, int64_t count, int64_t label, float scale, RowStats* stats);
+  void (*logprob_row)(Element type, const void* u, int64_t count, int64_t label, float scale,
+                      RowStats* stats);
   // out_j = factor exp(scale u_j - most) for j != label; out may be u.
   void (*logprob_row_backward)(Element type, const void* u, int64_t count, int64_t label, float scale,
                                float most, float factor, float label_gradient, void* out);

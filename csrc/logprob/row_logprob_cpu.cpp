@@ -18,8 +18,9 @@ int64_t label_or_none(int64_t label, int64_t vocabulary) {
 }  // namespace logprob
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_residual_cpu(
-    Tensor logits, Tensor labels, std::optional<Tensor> bias, double logit_scale, std::optional<double> softcap,
-    double temperature, std::optional<ScalarType> residual_dtype, bool entropy, bool stats) {
+    Tensor logits, Tensor labels, std::optional<Tensor> bias, double logit_scale,
+    std::optional<double> softcap, double temperature, std::optional<ScalarType> residual_dtype, bool entropy,
+    bool stats) {
   using namespace logprob;
   check_rows("logits", logits);
   const int64_t n = logits.size(0), V = logits.size(1);
@@ -43,14 +44,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_residual_cpu(
   parallel_for_each(n, V * 4 * static_cast<int64_t>(sizeof(float)), [&](int64_t i) {
     const int64_t label = label_or_none(label_at[i], V);
     RowStats row;
-    kernels().token_row(u + i * logits.stride(0), V, label, bias_at, transform, wanted, type, to + i * row_bytes,
-                        &row);
+    kernels().token_row(u + i * logits.stride(0), V, label, bias_at, transform, wanted, type,
+                        to + i * row_bytes, &row);
     out.set(i, label >= 0, row);
   });
   return {out.logp, out.row_stats, out.entropy, out.top1, out.mean_logit, residual};
 }
 
-std::tuple<Tensor, Tensor> logprob_cpu(Tensor logits, Tensor labels, double temperature, int64_t ignore_index) {
+std::tuple<Tensor, Tensor> logprob_cpu(Tensor logits, Tensor labels, double temperature,
+                                       int64_t ignore_index) {
   using namespace logprob;
   check_rows("logits", logits);
   const int64_t n = logits.size(0), V = logits.size(1);
@@ -75,8 +77,8 @@ std::tuple<Tensor, Tensor> logprob_cpu(Tensor logits, Tensor labels, double temp
   return {out.logp, out.row_stats};
 }
 
-void logprob_backward_cpu(Tensor grad_logp, Tensor logits, Tensor labels, Tensor row_stats, double temperature,
-                          int64_t ignore_index, Tensor out) {
+void logprob_backward_cpu(Tensor grad_logp, Tensor logits, Tensor labels, Tensor row_stats,
+                          double temperature, int64_t ignore_index, Tensor out) {
   using namespace logprob;
   check_rows("logits", logits);
   check_rows("out", out);

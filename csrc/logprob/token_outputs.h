@@ -42,8 +42,8 @@ inline Transform transform_of(double logit_scale, std::optional<double> softcap,
 }
 
 inline void check_rows(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1), name,
-                  " must be a CPU matrix whose rows are contiguous");
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1),
+                  name, " must be a CPU matrix whose rows are contiguous");
 }
 
 inline Rows rows_of(const Tensor& tensor) {
@@ -96,7 +96,8 @@ struct TokenOutputs {
     if (!wanted.stats) return;
     const bool hit = has_label && row.leads && row.target == row.most;
     top1.mutable_data_ptr<float>()[token] = hit ? 1.0f : 0.0f;
-    mean_logit.mutable_data_ptr<float>()[token] = static_cast<float>(row.total / static_cast<double>(vocabulary));
+    mean_logit.mutable_data_ptr<float>()[token] =
+        static_cast<float>(row.total / static_cast<double>(vocabulary));
   }
 };
 

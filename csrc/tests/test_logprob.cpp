@@ -27,7 +27,8 @@ void expect(bool holds, const char* what, double got, double wanted) {
 }
 
 void expect_close(double got, double wanted, double tolerance, const char* what) {
-  const bool same = std::isnan(wanted) ? std::isnan(got) : got == wanted || std::abs(got - wanted) <= tolerance;
+  const bool same =
+      std::isnan(wanted) ? std::isnan(got) : got == wanted || std::abs(got - wanted) <= tolerance;
   expect(same, what, got, wanted);
 }
 
@@ -128,14 +129,16 @@ struct Case {
   float scale, cap;
 };
 
-// One token, less than a vector or a tile, whole panels and blocks and one beyond, several blocks of the depth.
-const Case kCases[] = {{1, 1, 1, false, 1, 0},      {3, 7, 7, true, 0.5f, 0},       {64, 64, 96, false, 1, 0},
-                       {70, 33, 200, true, 0.7f, 5}, {17, 1030, 97, false, 1, 0},    {33, 515, 100, true, 1.5f, 0},
-                       {5, 0, 9, true, 1, 0},        {130, 16, 193, false, 0.2f, 30}};
+// One token, less than a vector or a tile, whole panels and blocks and one beyond, several blocks of the
+// depth.
+const Case kCases[] = {{1, 1, 1, false, 1, 0},      {3, 7, 7, true, 0.5f, 0},
+                       {64, 64, 96, false, 1, 0},   {70, 33, 200, true, 0.7f, 5},
+                       {17, 1030, 97, false, 1, 0}, {33, 515, 100, true, 1.5f, 0},
+                       {5, 0, 9, true, 1, 0},       {130, 16, 193, false, 0.2f, 30}};
 
 // 1 - tanh^2 is as exact as tanh is: to some units of 2^-24, however small it is.
-void check_residual(const Oracle& oracle, Transform transform, Element type, const void* residual, int64_t step,
-                    double slack) {
+void check_residual(const Oracle& oracle, Transform transform, Element type, const void* residual,
+                    int64_t step, double slack) {
   const double scale = type == Element::kHalf ? kHalfResidualScale : 1;
   const double cap_slack = transform.cap != 0 ? slack * transform.cap + 0x1p-21 : 0;
   for (size_t j = 0; j < oracle.residual.size(); ++j) {
@@ -184,13 +187,13 @@ void check_linear(const LinearKernels& k, Element type, const Case& c) {
     }
   };
   for (int64_t b = 0; b < blocks; ++b) {
-    k.multiply(weight.rows(), b * kBlockRows, std::min<int64_t>(kBlockRows, V - b * kBlockRows), packed.data(), n,
-               scratch.data(), logits.data() + b * panels * panel_floats);
+    k.multiply(weight.rows(), b * kBlockRows, std::min<int64_t>(kBlockRows, V - b * kBlockRows),
+               packed.data(), n, scratch.data(), logits.data() + b * panels * panel_floats);
   }
   for_panels([&](int64_t b, int64_t row, int64_t rows, int64_t column, int64_t columns, float* at,
                  PanelLabels names) {
-    k.softmax_block(at, row, rows, columns, bias.empty() ? nullptr : bias.data() + row, transform, wanted, names,
-                    stats_of(b, column));
+    k.softmax_block(at, row, rows, columns, bias.empty() ? nullptr : bias.data() + row, transform, wanted,
+                    names, stats_of(b, column));
   });
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t column = p * k.panel_columns;
@@ -270,8 +273,8 @@ void check_token_rows(const RowKernels& k, Element type) {
         const Oracle oracle(std::vector<double>(u.begin(), u.end()), label, bias, transform);
         std::vector<char> out(V * size_of(type));
         RowStats got;
-        k.token_row(u.data(), V, label, bias.empty() ? nullptr : bias.data(), transform, {true, true, true}, type,
-                    type == Element::kFloat ? static_cast<void*>(u.data()) : out.data(), &got);
+        k.token_row(u.data(), V, label, bias.empty() ? nullptr : bias.data(), transform, {true, true, true},
+                    type, type == Element::kFloat ? static_cast<void*>(u.data()) : out.data(), &got);
         expect_close(got.most, oracle.most, 2e-6, "maximum of a row");
         expect_close(got.sum, oracle.sum, 4e-6 * oracle.sum, "sum of a row");
         expect_close(got.entr, oracle.entr, 8e-6 * (oracle.sum + std::abs(oracle.entr)), "entropy of a row");
@@ -279,7 +282,8 @@ void check_token_rows(const RowKernels& k, Element type) {
         if (label >= 0) expect_close(got.target, oracle.target, 2e-6, "label's logit in a row");
         if (label >= 0) expect(got.leads == oracle.leads, "leading label", got.leads, oracle.leads);
         check_residual(oracle, transform, type,
-                       type == Element::kFloat ? static_cast<void*>(u.data()) : out.data(), size_of(type), 1e-5);
+                       type == Element::kFloat ? static_cast<void*>(u.data()) : out.data(), size_of(type),
+                       1e-5);
       }
     }
   }
