@@ -32,6 +32,7 @@ STABLE_TORCH_LIBRARY(reprdpo_native, library) {
   library.def(
       "residual_weight_grad(Tensor residual, Tensor hidden, Tensor scale, Tensor(a!) out, bool accumulate) "
       "-> ()");
+  library.def("residual_hidden_grad(Tensor residual, Tensor weight, Tensor scale, Tensor(a!) out) -> ()");
   library.def(
       "token_residual(Tensor(a!) logits, Tensor labels, Tensor? bias, float logit_scale, float? softcap, "
       "float temperature, ScalarType? residual_dtype, bool entropy, bool stats) "
@@ -54,6 +55,7 @@ STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CPU, library) {
   library.impl("probe_reward_backward", TORCH_BOX(&reprdpo::probe_reward_backward_cpu));
   library.impl("linear_token_residual", TORCH_BOX(&reprdpo::linear_token_residual_cpu));
   library.impl("residual_weight_grad", TORCH_BOX(&reprdpo::residual_weight_grad_cpu));
+  library.impl("residual_hidden_grad", TORCH_BOX(&reprdpo::residual_hidden_grad_cpu));
   library.impl("token_residual", TORCH_BOX(&reprdpo::token_residual_cpu));
   library.impl("logprob", TORCH_BOX(&reprdpo::logprob_cpu));
   library.impl("logprob_backward", TORCH_BOX(&reprdpo::logprob_backward_cpu));

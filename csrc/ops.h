@@ -44,6 +44,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_token_residual
 
 void residual_weight_grad_cpu(Tensor residual, Tensor hidden, Tensor scale, Tensor out, bool accumulate);
 
+void residual_hidden_grad_cpu(Tensor residual, Tensor weight, Tensor scale, Tensor out);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_residual_cpu(
     Tensor logits, Tensor labels, std::optional<Tensor> bias, double logit_scale,
     std::optional<double> softcap, double temperature, std::optional<ScalarType> residual_dtype, bool entropy,

@@ -64,6 +64,8 @@ struct OpOf<BFloat16> {
 };
 #endif
 
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <typename Op>
 int64_t steps_of(int64_t depth) {
   return (depth + Op::kDepth - 1) / Op::kDepth;
@@ -139,24 +141,76 @@ void pack_rows(const Rows& rows, int64_t first, int64_t count, void* panel) {
   });
 }
 
+// The units of rows k and, where a unit holds two, k + 1; `second` is null beyond the last row.
+inline void join_rows(const float* row, const float*, int64_t count, float* units) {
+  memcpy(units, row, static_cast<size_t>(count) * sizeof(float));
+}
+inline void join_rows(const BFloat16* row, const BFloat16* second, int64_t count, uint32_t* units) {
+  for (int64_t c = 0; c < count; ++c) {
+    units[c] = row[c].bits | (second == nullptr ? 0 : static_cast<uint32_t>(second[c].bits) << 16);
+  }
+}
+template <typename T>
+inline void join_rows(const T* row, const T*, int64_t count, float* units) {
+  int64_t c = 0;
+  for (; c + Vec::kWidth <= count; c += Vec::kWidth) Vec::load(row + c).store(units + c);
+  for (; c < count; ++c) units[c] = to_float(row[c]);
+}
+
+// A row times a number, in the dtype that is multiplied: float, or bf16 where it is multiplied as such.
+template <typename From, typename To>
+void scale_row(const From* row, int64_t count, float scale, To* scaled) {
+  int64_t c = 0;
+  const Vec factor = Vec::broadcast(scale);
+  for (; c + Vec::kWidth <= count; c += Vec::kWidth) (Vec::load(row + c) * factor).store(scaled + c);
+  for (; c < count; ++c) from_float(to_float(row[c]) * scale, scaled + c);
+}
+
 void pack_columns(const Rows& rows, int64_t depth, const float* scale, int64_t first, int64_t count,
                   void* panel) {
-  memset(panel, 0, static_cast<size_t>(panel_bytes(rows.type, depth)));
   with_type(rows.type, [&](auto element) {
     using T = decltype(element);
     using Op = typename OpOf<T>::type;
     auto* units = static_cast<typename Op::Unit*>(panel);
-    for (int64_t k = 0; k < depth; ++k) {
+    if (count < kPanel) memset(panel, 0, static_cast<size_t>(panel_bytes(rows.type, depth)));
+    for (int64_t k = 0; k < depth; k += Op::kDepth, units += kPanel) {
       const T* row = static_cast<const T*>(rows.data) + k * rows.stride + first;
-      auto* at = units + k / Op::kDepth * kPanel;
-      for (int64_t c = 0; c < count; ++c) {
-        const float scaled = to_float(row[c]) * scale[k];
-        if constexpr (Op::kDepth == 1) {
-          at[c] = scaled;
-        } else {
-          T rounded;
-          from_float(scaled, &rounded);
-          set_unit(rounded, static_cast<int>(k % Op::kDepth), at + c);
+      const T* second = k + 1 < depth ? row + rows.stride : nullptr;
+      if (scale == nullptr) {
+        join_rows(row, second, count, units);
+      } else if constexpr (Op::kDepth == 1) {
+        scale_row(row, count, scale[k], units);
+      } else {
+        T scaled[2][kPanel];
+        scale_row(row, count, scale[k], scaled[0]);
+        if (second != nullptr) scale_row(second, count, scale[k + 1], scaled[1]);
+        join_rows(scaled[0], second == nullptr ? nullptr : scaled[1], count, units);
+      }
+    }
+  });
+}
+
+int64_t group_bytes(Element type, int64_t depth, int64_t columns) {
+  return (columns + kTileRows - 1) / kTileRows * kTileRows * (panel_bytes(type, depth) / kPanel);
+}
+
+void pack_groups(const Rows& rows, int64_t depth, int64_t columns, void* groups) {
+  with_type(rows.type, [&](auto element) {
+    using T = decltype(element);
+    using Op = typename OpOf<T>::type;
+    using Unit = typename Op::Unit;
+    constexpr int64_t kChunk = 16 * kTileRows;
+    const int64_t steps = steps_of<Op>(depth);
+    for (int64_t step = 0; step < steps; ++step) {
+      const T* row = static_cast<const T*>(rows.data) + step * Op::kDepth * rows.stride;
+      const T* second = step * Op::kDepth + 1 < depth ? row + rows.stride : nullptr;
+      for (int64_t c = 0; c < columns; c += kChunk) {
+        Unit joined[kChunk] = {};
+        const int64_t count = smaller(kChunk, columns - c);
+        join_rows(row + c, second == nullptr ? nullptr : second + c, count, joined);
+        for (int64_t i = 0; i < count; i += kTileRows) {
+          memcpy(static_cast<Unit*>(groups) + ((c + i) / kTileRows * steps + step) * kTileRows, joined + i,
+                 kTileRows * sizeof(Unit));
         }
       }
     }
@@ -164,8 +218,8 @@ void pack_columns(const Rows& rows, int64_t depth, const float* scale, int64_t f
 }
 
 template <typename Op, int kVecs>
-void multiply_tile(const char* const* rows, const typename Op::Unit* panel, int64_t steps, bool first,
-                   float* out) {
+void multiply_tile(const char* const* rows, int64_t step_bytes, const typename Op::Unit* panel, int64_t steps,
+                   bool first, float* out) {
   Vec sums[kTileRows][kVecs];
   for (int r = 0; r < kTileRows; ++r) {
     for (int v = 0; v < kVecs; ++v) {
@@ -178,7 +232,7 @@ void multiply_tile(const char* const* rows, const typename Op::Unit* panel, int6
     typename Op::Register columns[kVecs];
     for (int v = 0; v < kVecs; ++v) columns[v] = Op::load(panel + step * kPanel + v * Vec::kWidth);
     for (int r = 0; r < kTileRows; ++r) {
-      const typename Op::Register weight = Op::broadcast(at[r] + step * sizeof(typename Op::Unit));
+      const typename Op::Register weight = Op::broadcast(at[r] + step * step_bytes);
       for (int v = 0; v < kVecs; ++v) sums[r][v] = Op::multiply_add(weight, columns[v], sums[r][v]);
     }
   }
@@ -191,23 +245,21 @@ void multiply_tile(const char* const* rows, const typename Op::Unit* panel, int6
 }
 
 template <typename Op>
-void multiply_tile(const char* const* rows, const typename Op::Unit* panel, int64_t steps, bool first,
-                   int64_t columns, float* out) {
+void multiply_tile(const char* const* rows, int64_t step_bytes, const typename Op::Unit* panel, int64_t steps,
+                   bool first, int64_t columns, float* out) {
   static_assert(kPanelVecs == 2 || kPanelVecs == 4);
   switch ((columns + Vec::kWidth - 1) / Vec::kWidth) {
     case 1:
-      return multiply_tile<Op, 1>(rows, panel, steps, first, out);
+      return multiply_tile<Op, 1>(rows, step_bytes, panel, steps, first, out);
     case 2:
-      return multiply_tile<Op, 2>(rows, panel, steps, first, out);
+      return multiply_tile<Op, 2>(rows, step_bytes, panel, steps, first, out);
     case 3:
-      if constexpr (kPanelVecs > 2) return multiply_tile<Op, 3>(rows, panel, steps, first, out);
+      if constexpr (kPanelVecs > 2) return multiply_tile<Op, 3>(rows, step_bytes, panel, steps, first, out);
       return;
     case 4:
-      if constexpr (kPanelVecs > 2) return multiply_tile<Op, 4>(rows, panel, steps, first, out);
+      if constexpr (kPanelVecs > 2) return multiply_tile<Op, 4>(rows, step_bytes, panel, steps, first, out);
   }
 }
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <typename T>
 void multiply_type(const Rows& rows, int64_t first, int64_t count, const void* panels, int64_t columns,
@@ -236,7 +288,7 @@ void multiply_type(const Rows& rows, int64_t first, int64_t count, const void* p
           tile[i] = data + smaller(r + i, count - 1) * stride + begin * sizeof(Unit);
         }
         float* out = logits + (c / kPanel * kBlockRows + r) * kPanel;
-        multiply_tile<Op>(tile, panel, block, begin == 0, smaller(kPanel, columns - c), out);
+        multiply_tile<Op>(tile, sizeof(Unit), panel, block, begin == 0, smaller(kPanel, columns - c), out);
       }
     }
     begin += block;
@@ -247,6 +299,23 @@ void multiply(const Rows& rows, int64_t first, int64_t count, const void* panels
               void* scratch, float* logits) {
   with_type(rows.type, [&](auto element) {
     multiply_type<decltype(element)>(rows, first, count, panels, columns, scratch, logits);
+  });
+}
+
+void multiply_groups(Element type, const void* groups, int64_t count, int64_t depth, const void* panel,
+                     bool first, int64_t columns, float* sums) {
+  with_type(type, [&](auto element) {
+    using Op = typename OpOf<decltype(element)>::type;
+    using Unit = typename Op::Unit;
+    const int64_t steps = steps_of<Op>(depth), step_bytes = kTileRows * sizeof(Unit);
+    for (int64_t r = 0; r < count; r += kTileRows) {
+      const char* tile[kTileRows];
+      for (int i = 0; i < kTileRows; ++i) {
+        tile[i] = static_cast<const char*>(groups) + r / kTileRows * steps * step_bytes + i * sizeof(Unit);
+      }
+      multiply_tile<Op>(tile, step_bytes, static_cast<const Unit*>(panel), steps, first, columns,
+                        sums + r * kPanel);
+    }
   });
 }
 
@@ -419,21 +488,21 @@ void residual_block(const float* logits, int64_t first, int64_t count, int64_t c
   });
 }
 
-void store_block(const float* logits, int64_t count, int64_t columns, bool accumulate, Element type,
-                 void* out, int64_t stride) {
+void store_block(const float* logits, int64_t count, int64_t columns, const float* scale, bool accumulate,
+                 Element type, void* out, int64_t stride) {
   with_type(type, [&](auto element) {
     using T = decltype(element);
-    const int64_t whole = columns - columns % Vec::kWidth;
+    const int64_t whole = columns - columns % Vec::kWidth, rest = columns - whole;
     for (int64_t r = 0; r < count; ++r) {
       T* to = static_cast<T*>(out) + r * stride;
       const float* from = logits + r * kPanel;
+      const Vec factor = Vec::broadcast(scale == nullptr ? 1.0f : scale[r]);
       for (int64_t c = 0; c < whole; c += Vec::kWidth) {
-        const Vec sum = Vec::load(from + c);
+        const Vec sum = Vec::load(from + c) * factor;
         (accumulate ? sum + Vec::load(to + c) : sum).store(to + c);
       }
-      if (whole == columns) continue;
-      const Vec sum = Vec::load(from + whole);
-      const int64_t rest = columns - whole;
+      if (rest == 0) continue;
+      const Vec sum = Vec::load(from + whole) * factor;
       store_partial(accumulate ? sum + load_partial(to + whole, rest) : sum, to + whole, rest);
     }
   });
@@ -442,8 +511,9 @@ void store_block(const float* logits, int64_t count, int64_t columns, bool accum
 }  // namespace
 
 const LinearKernels& linear_kernels() {
-  static constexpr LinearKernels kernels{kPanel,   panel_bytes,   scratch_bytes, pack_rows,      pack_columns,
-                                         multiply, softmax_block, merge_blocks,  residual_block, store_block};
+  static constexpr LinearKernels kernels{
+      kPanel,   panel_bytes,     scratch_bytes, group_bytes,  pack_rows,      pack_columns, pack_groups,
+      multiply, multiply_groups, softmax_block, merge_blocks, residual_block, store_block};
   return kernels;
 }
 

@@ -244,10 +244,63 @@ void residual_weight_grad_cpu(Tensor residual, Tensor hidden, Tensor scale, Tens
                  sums);
       for (int64_t c = 0; c < columns; c += k.panel_columns) {
         k.store_block(sums + c / k.panel_columns * kBlockRows * k.panel_columns, rows,
-                      std::min(k.panel_columns, columns - c), accumulate, out_type,
+                      std::min(k.panel_columns, columns - c), nullptr, accumulate, out_type,
                       gradient + (row * stride + first + c) * element_size, stride);
       }
     }
+  });
+}
+
+void residual_hidden_grad_cpu(Tensor residual, Tensor weight, Tensor scale, Tensor out) {
+  using namespace logprob;
+  check_rows("weight", weight);
+  check_rows("out", out);
+  const int64_t n = out.size(0), D = out.size(1), V = weight.size(0);
+  check_shape("residual", residual, {n, V});
+  check_shape("weight", weight, {V, D});
+  check_dense("scale", scale, ScalarType::Float, {n});
+  const Tensor residual_Vn = torch::stable::transpose(residual, 0, 1);
+  check_rows("the transposed residual", residual_Vn);
+  STD_TORCH_CHECK(residual.scalar_type() == weight.scalar_type() && V > 0,
+                  "residual and weight must be of one dtype, and the vocabulary not empty");
+  const Rows residual_rows = rows_of(residual_Vn), weight_rows = rows_of(weight);
+  const Element out_type = element_of(out.scalar_type());
+  const int64_t element_size = static_cast<int64_t>(residual.element_size());
+  const LinearKernels& k = kernels();
+
+  // The vocabulary in slices packed for all threads, each in parts of which one thread holds a panel.
+  constexpr int64_t kPart = 512, kSlice = 8 * kPart;
+  const int64_t panels = divide_up(D, k.panel_columns), sums_floats = (n + 8) * k.panel_columns;
+  const int64_t part_bytes = k.group_bytes(residual_rows.type, kPart, n);
+  Buffer packed(static_cast<size_t>(kSlice / kPart * part_bytes));
+  Buffer sums(static_cast<size_t>(panels * sums_floats * 4));
+  const auto from = [&](const Rows& rows, int64_t first) -> Rows {
+    return {static_cast<const char*>(rows.data) + first * rows.stride * element_size, rows.type, rows.stride,
+            rows.depth};
+  };
+  for (int64_t slice = 0; slice < V; slice += kSlice) {
+    const int64_t parts = divide_up(std::min(kSlice, V - slice), kPart);
+    for_blocks(parts, 0, [&](int64_t part, char*) {
+      const int64_t first = slice + part * kPart;
+      k.pack_groups(from(residual_rows, first), std::min(kPart, V - first), n,
+                    packed.as() + part * part_bytes);
+    });
+    for_blocks(panels, k.panel_bytes(weight_rows.type, kPart), [&](int64_t p, char* panel) {
+      const int64_t column = p * k.panel_columns, columns = std::min(k.panel_columns, D - column);
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = slice + part * kPart, depth = std::min(kPart, V - first);
+        k.pack_columns(from(weight_rows, first), depth, nullptr, column, columns, panel);
+        k.multiply_groups(residual_rows.type, packed.as() + part * part_bytes, n, depth, panel, first == 0,
+                          columns, sums.as<float>() + p * sums_floats);
+      }
+    });
+  }
+  const int64_t out_size = static_cast<int64_t>(out.element_size());
+  for_blocks(panels, 0, [&](int64_t p, char*) {
+    const int64_t column = p * k.panel_columns;
+    k.store_block(sums.as<float>() + p * sums_floats, n, std::min(k.panel_columns, D - column),
+                  scale.const_data_ptr<float>(), false, out_type,
+                  static_cast<char*>(out.mutable_data_ptr()) + column * out_size, out.stride(0));
   });
 }
 

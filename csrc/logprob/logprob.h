@@ -65,15 +65,22 @@ struct LinearKernels {
   // Bytes of a packed panel, and of kBlockRows rows in the form that multiply() reads.
   int64_t (*panel_bytes)(Element type, int64_t depth);
   int64_t (*scratch_bytes)(const Rows& rows);
+  // Of what pack_groups() writes.
+  int64_t (*group_bytes)(Element type, int64_t depth, int64_t columns);
   // panel[k][c] = rows[first + c][k] for c < count <= panel_columns, 0 beyond.
   void (*pack_rows)(const Rows& rows, int64_t first, int64_t count, void* panel);
   // panel[k][c] = scale[k] rows[k][first + c] for k < depth, rounded to bf16 where bf16 is multiplied as
-  // such.
+  // such; without a scale the elements themselves.
   void (*pack_columns)(const Rows& rows, int64_t depth, const float* scale, int64_t first, int64_t count,
                        void* panel);
+  // The transpose of rows[k][c] for k < depth and c < columns, as multiply_groups() reads it.
+  void (*pack_groups)(const Rows& rows, int64_t depth, int64_t columns, void* groups);
   // logits[p][r][c] = sum_k rows[first + r][k] panels[p][k][c] for r < count <= kBlockRows and all `columns`.
   void (*multiply)(const Rows& rows, int64_t first, int64_t count, const void* panels, int64_t columns,
                    void* scratch, float* logits);
+  // sums[r][c] (+)= sum_k groups[k][r] panel[k][c]; of sums [count in sixes][panel_columns] unless `first`.
+  void (*multiply_groups)(Element type, const void* groups, int64_t count, int64_t depth, const void* panel,
+                          bool first, int64_t columns, float* sums);
   // Logits of vocabulary rows [first, first + count) by `columns` tokens of one panel; they become
   // exp(z - most), times 1 - tanh^2 under a softcap, where the residual is wanted. bias is null or [count].
   void (*softmax_block)(float* logits, int64_t first, int64_t count, int64_t columns, const float* bias,
@@ -87,9 +94,9 @@ struct LinearKernels {
   void (*residual_block)(const float* logits, int64_t first, int64_t count, int64_t columns,
                          const float* factor, Transform transform, PanelLabels labels, Element type,
                          void* residual, int64_t stride);
-  // out[r][c] (+)= logits[r][c] for r < count, c < columns.
-  void (*store_block)(const float* logits, int64_t count, int64_t columns, bool accumulate, Element type,
-                      void* out, int64_t stride);
+  // out[r][c] (+)= scale[r] logits[r][c] for r < count, c < columns; no scale is 1.
+  void (*store_block)(const float* logits, int64_t count, int64_t columns, const float* scale,
+                      bool accumulate, Element type, void* out, int64_t stride);
 };
 
 // One row of logits; the label is left out of sum and entr, and -1 stands for none.

@@ -243,8 +243,8 @@ void check_columns(const LinearKernels& k, Element type, int64_t depth, int64_t 
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t first = p * k.panel_columns;
       k.store_block(sums.data() + p * kBlockRows * k.panel_columns, height,
-                    std::min(k.panel_columns, width - first), accumulate, Element::kFloat, out.data() + first,
-                    width);
+                    std::min(k.panel_columns, width - first), nullptr, accumulate, Element::kFloat,
+                    out.data() + first, width);
     }
     for (int64_t r = 0; r < height; ++r) {
       for (int64_t c = 0; c < width; ++c) {
