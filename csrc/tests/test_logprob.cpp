@@ -260,6 +260,41 @@ void check_columns(const LinearKernels& k, Element type, int64_t depth, int64_t 
   }
 }
 
+// out = diag(scale) a^T b in parts of the depth, the hidden states' gradient.
+void check_groups(const LinearKernels& k, Element type, int64_t depth, int64_t height, int64_t width) {
+  std::mt19937 random(4);
+  Matrix a(type, depth, height, random, 1), b(type, depth, width, random, 1);
+  std::vector<float> scale(height), out(height * width, NAN);
+  for (float& s : scale) s = static_cast<float>(random() % 64) / 16 - 2;
+  const int64_t middle = depth / 4 * 2;
+  for (int64_t column = 0; column < width; column += k.panel_columns) {
+    const int64_t columns = std::min(k.panel_columns, width - column);
+    std::vector<float> sums((height + 5) * k.panel_columns);
+    for (int64_t begin = 0; begin < depth; begin += std::max<int64_t>(middle, 1)) {
+      const int64_t count = std::min(std::max<int64_t>(middle, 1), depth - begin);
+      Rows a_part = a.rows(), b_part = b.rows();
+      a_part.data = a.at(begin, 0);
+      b_part.data = b.at(begin, 0);
+      std::vector<char> groups(k.group_bytes(type, count, height)), panel(k.panel_bytes(type, count));
+      k.pack_groups(a_part, count, height, groups.data());
+      k.pack_columns(b_part, count, nullptr, column, columns, panel.data());
+      k.multiply_groups(type, groups.data(), height, count, panel.data(), begin == 0, columns, sums.data());
+    }
+    k.store_block(sums.data(), height, columns, scale.data(), false, Element::kFloat, out.data() + column,
+                  width);
+  }
+  for (int64_t r = 0; r < height; ++r) {
+    for (int64_t c = 0; c < width; ++c) {
+      double wanted = 0, size = 0;
+      for (int64_t d = 0; d < depth; ++d) {
+        wanted += a(d, r) * b(d, c) * scale[r];
+        size += std::abs(a(d, r) * b(d, c) * scale[r]);
+      }
+      expect_close(out[r * width + c], wanted, 0x1p-20 * size, "product of a transpose");
+    }
+  }
+}
+
 void check_token_rows(const RowKernels& k, Element type) {
   std::mt19937 random(5);
   std::normal_distribution<float> normal;
@@ -365,6 +400,9 @@ void check(const LinearKernels* linear, const RowKernels* rows, CpuCapability ca
     check_columns(*linear, type, 1, 1, 1);
     check_columns(*linear, type, 37, 13, 70);
     check_columns(*linear, type, 0, 2, 3);
+    check_groups(*linear, type, 1, 1, 1);
+    check_groups(*linear, type, 37, 13, 70);
+    check_groups(*linear, type, 9, 200, 5);
     if (rows == nullptr) continue;
     check_token_rows(*rows, type);
     check_logprob_rows(*rows, type);
