@@ -25,6 +25,24 @@ STABLE_TORCH_LIBRARY(reprdpo_native, library) {
       "Tensor? index, Tensor probe_weight, Tensor? gate_weight, Tensor layer_scores, Tensor layer_gate, "
       "str gate, SymInt[] hidden_shape, int hidden_count, ScalarType hidden_dtype, bool[] needs) "
       "-> (Tensor[], Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "linear_token_residual(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float logit_scale, "
+      "float? softcap, float temperature, bool residual, bool entropy, bool stats) "
+      "-> (Tensor logp, Tensor row_stats, Tensor entropy, Tensor top1, Tensor mean_logit, Tensor residual)");
+  library.def(
+      "residual_weight_grad(Tensor residual, Tensor hidden, Tensor scale, Tensor(a!) out, bool accumulate) "
+      "-> ()");
+  library.def("residual_hidden_grad(Tensor residual, Tensor weight, Tensor scale, Tensor(a!) out) -> ()");
+  library.def(
+      "token_residual(Tensor(a!) logits, Tensor labels, Tensor? bias, float logit_scale, float? softcap, "
+      "float temperature, ScalarType? residual_dtype, bool entropy, bool stats) "
+      "-> (Tensor logp, Tensor row_stats, Tensor entropy, Tensor top1, Tensor mean_logit, Tensor residual)");
+  library.def(
+      "logprob(Tensor logits, Tensor labels, float temperature, int ignore_index) "
+      "-> (Tensor logp, Tensor row_stats)");
+  library.def(
+      "logprob_backward(Tensor grad_logp, Tensor logits, Tensor labels, Tensor row_stats, float temperature, "
+      "int ignore_index, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CompositeExplicitAutograd, library) {
@@ -35,4 +53,10 @@ STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CompositeExplicitAutograd, library) {
 STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CPU, library) {
   library.impl("probe_reward", TORCH_BOX(&reprdpo::probe_reward_cpu));
   library.impl("probe_reward_backward", TORCH_BOX(&reprdpo::probe_reward_backward_cpu));
+  library.impl("linear_token_residual", TORCH_BOX(&reprdpo::linear_token_residual_cpu));
+  library.impl("residual_weight_grad", TORCH_BOX(&reprdpo::residual_weight_grad_cpu));
+  library.impl("residual_hidden_grad", TORCH_BOX(&reprdpo::residual_hidden_grad_cpu));
+  library.impl("token_residual", TORCH_BOX(&reprdpo::token_residual_cpu));
+  library.impl("logprob", TORCH_BOX(&reprdpo::logprob_cpu));
+  library.impl("logprob_backward", TORCH_BOX(&reprdpo::logprob_backward_cpu));
 }

@@ -38,4 +38,23 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> probe_reward_bac
     std::vector<int64_t> hidden_shape, int64_t hidden_count, ScalarType hidden_dtype,
     std::vector<bool> needs);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_token_residual_cpu(
+    Tensor hidden, Tensor weight, Tensor labels, std::optional<Tensor> bias, double logit_scale,
+    std::optional<double> softcap, double temperature, bool residual, bool entropy, bool stats);
+
+void residual_weight_grad_cpu(Tensor residual, Tensor hidden, Tensor scale, Tensor out, bool accumulate);
+
+void residual_hidden_grad_cpu(Tensor residual, Tensor weight, Tensor scale, Tensor out);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_residual_cpu(
+    Tensor logits, Tensor labels, std::optional<Tensor> bias, double logit_scale,
+    std::optional<double> softcap, double temperature, std::optional<ScalarType> residual_dtype, bool entropy,
+    bool stats);
+
+std::tuple<Tensor, Tensor> logprob_cpu(Tensor logits, Tensor labels, double temperature,
+                                       int64_t ignore_index);
+
+void logprob_backward_cpu(Tensor grad_logp, Tensor logits, Tensor labels, Tensor row_stats,
+                          double temperature, int64_t ignore_index, Tensor out);
+
 }  // namespace reprdpo
