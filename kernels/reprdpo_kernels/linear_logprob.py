@@ -13,7 +13,7 @@ _SCALE_BLOCK = 256
 _ROW_BLOCK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "stats_stride", "tokens", "ignore_index"])
 def _row_scales_kernel(
     grad_logp_ptr, index_ptr, labels_ptr, stats_ptr, out_ptr, rows, stats_stride, tokens, factor, ignore_index,
     INDEX: tl.constexpr, BLOCK: tl.constexpr,
@@ -33,7 +33,7 @@ def _row_scales_kernel(
     tl.store(out_ptr + row, tl.where(known & (label == ignore_index), 0.0, scale), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "tokens"])
 def _scale_rows_kernel(
     rows_ptr, index_ptr, scale_ptr, power_ptr, out_ptr, width, chunks, tokens, rows_stride, out_stride,
     GATHER: tl.constexpr, SCATTER: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
@@ -45,24 +45,25 @@ def _scale_rows_kernel(
     program = tl.program_id(0)
     row = (program // chunks).to(tl.int64)
     cols = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < width
     scale = tl.load(scale_ptr + row)
     if POWER:
         scale *= tl.load(power_ptr)
     source = row
     target = row
-    known = row >= 0
+    readable = width
+    writable = width
     if GATHER or SCATTER:
         position = tl.load(index_ptr + row)
         known = (position >= 0) & (position < tokens)
         if GATHER:
             source = position
+            readable = tl.where(known, width, 0)
         if SCATTER:
             target = position
-    x = tl.load(rows_ptr + source * rows_stride + cols, mask=mask & known, other=float("nan")).to(tl.float32)
+            writable = tl.where(known, width, 0)
+    x = tl.load(rows_ptr + source * rows_stride + cols, mask=cols < readable, other=float("nan")).to(tl.float32)
     scaled = tl.where(scale == 0.0, 0.0, x * scale)
-    write = mask & known if SCATTER else mask
-    tl.store(out_ptr + target * out_stride + cols, scaled.to(out_ptr.dtype.element_ty), mask=write)
+    tl.store(out_ptr + target * out_stride + cols, scaled.to(out_ptr.dtype.element_ty), mask=cols < writable)
 
 
 def row_scales(

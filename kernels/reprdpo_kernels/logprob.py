@@ -19,7 +19,7 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 def _tanh(x):
     """tanh x and 1 - tanh^2 x = 4 e / (1 + e)^2, e = exp(-2 |x|), neither of which cancels."""
     size = tl.abs(x)
-    e = tl.exp2(-2.0 * _LOG2E * size)
+    e = tl.exp2(size * (-2.0 * _LOG2E))
     inverse = 1.0 / (1.0 + e)
     s = x * x
     series = -0.33333331 + s * (0.13332924 + s * (-0.053875137 + s * (0.021116216 - s * 0.0062763891)))
@@ -96,7 +96,7 @@ def _store_residual(
     tl.store(row_ptr + cols, residual.to(row_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _token_residual_kernel(
     logits_ptr, labels_ptr, bias_ptr, residual_ptr, logp_ptr, stats_ptr, entropy_ptr, top1_ptr, mean_ptr,
     rows, vocabulary, logits_stride, residual_stride, inner, outer, ignore_index,
@@ -118,7 +118,7 @@ def _token_residual_kernel(
     label = tl.load(labels_ptr + row).to(tl.int64)
     logits_row = logits_ptr + row * logits_stride
     residual_row = residual_ptr + row * residual_stride
-    if IGNORE:
+    if IGNORE:  # noqa: SIM102 (known when compiled, and not)
         if label == ignore_index:
             tl.store(logp_ptr + row, 0.0)
             tl.store(stats_ptr + row, 0.0)
@@ -173,15 +173,13 @@ def _token_residual_kernel(
     else:
         for i in range(full):
             here = i * BLOCK + cols
-            z = _load_scores(
-                logits_row, bias_ptr, here, vocabulary, inner, outer, BIAS, SOFTCAP, False, "evict_last"
-            )[0]
+            z = _load_scores(logits_row, bias_ptr, here, vocabulary, inner, outer, BIAS, SOFTCAP, False, "evict_last")[
+                0
+            ]
             lanes = _accumulate(lanes, z, here, label, vocabulary, False, ENTROPY, STATS)
         if full * BLOCK < vocabulary:
             here = full * BLOCK + cols
-            z = _load_scores(
-                logits_row, bias_ptr, here, vocabulary, inner, outer, BIAS, SOFTCAP, True, "evict_last"
-            )[0]
+            z = _load_scores(logits_row, bias_ptr, here, vocabulary, inner, outer, BIAS, SOFTCAP, True, "evict_last")[0]
             lanes = _accumulate(lanes, z, here, label, vocabulary, True, ENTROPY, STATS)
         lane_maximum, lane_total, lane_weighted, lane_before, lane_sum = lanes
         maximum = tl.max(lane_maximum, axis=0)
@@ -197,18 +195,14 @@ def _token_residual_kernel(
     if RESIDUAL:
         inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
         if HOLD:
-            _store_residual(
-                residual_row, cols, other, slope, label, vocabulary, maximum, inverse, True, RESIDUAL_SCALE
-            )
+            _store_residual(residual_row, cols, other, slope, label, vocabulary, maximum, inverse, True, RESIDUAL_SCALE)
         else:
             if full * BLOCK < vocabulary:
                 here = full * BLOCK + cols
                 z, slope = _load_scores(
                     logits_row, bias_ptr, here, vocabulary, inner, outer, BIAS, SOFTCAP, True, "evict_first"
                 )
-                _store_residual(
-                    residual_row, here, z, slope, label, vocabulary, maximum, inverse, True, RESIDUAL_SCALE
-                )
+                _store_residual(residual_row, here, z, slope, label, vocabulary, maximum, inverse, True, RESIDUAL_SCALE)
             for i in range(full):
                 here = (full - 1 - i) * BLOCK + cols
                 z, slope = _load_scores(
@@ -241,7 +235,7 @@ def _token_residual_kernel(
     tl.store(stats_ptr + 2 * rows + row, tl.where(valid, sum_all, float("nan")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "chunks", "ignore_index"])
 def _logits_gradient_kernel(
     logits_ptr, labels_ptr, bias_ptr, stats_ptr, grad_logp_ptr, entropy_ptr, grad_entropy_ptr, out_ptr,
     rows, vocabulary, chunks, logits_stride, out_stride, inner, outer, factor, ignore_index,
@@ -260,7 +254,7 @@ def _logits_gradient_kernel(
     mask = cols < vocabulary
     label = tl.load(labels_ptr + row).to(tl.int64)
     out_row = out_ptr + row * out_stride
-    if IGNORE:
+    if IGNORE:  # noqa: SIM102 (known when compiled, and not)
         if label == ignore_index:
             tl.store(out_row + cols, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=mask)
             return
@@ -302,7 +296,7 @@ _GRADIENT_BLOCK = 4096
 
 
 class TokenResidual(NamedTuple):
-    """Per row: log p [n], (max z, S_-y, S) [3, n], entropy, top-1 hit, mean logit [n], residual [n, V]; empty if off."""
+    """Per row: log p, (max z, S_-y, S) [3, n], entropy, top-1 hit, mean logit, residual [n, V]; empty if not asked."""
 
     logp: Tensor
     row_stats: Tensor
@@ -368,7 +362,8 @@ def token_residual(
             rows, vocabulary, logits_nV.stride(0), residual_nV.stride(0), inner, outer,
             0 if ignore_index is None else ignore_index,
             BIAS=bias_V is not None, SOFTCAP=softcap is not None, IGNORE=ignore_index is not None,
-            RESIDUAL=residual_dtype is not None, RESIDUAL_SCALE=HALF_RESIDUAL_SCALE if residual_dtype == torch.float16 else 1.0,
+            RESIDUAL=residual_dtype is not None,
+            RESIDUAL_SCALE=HALF_RESIDUAL_SCALE if residual_dtype == torch.float16 else 1.0,
             ENTROPY=entropy, STATS=stats, HOLD=hold, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return result

@@ -20,6 +20,8 @@ LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "gdpo", "apo
 _SIGMOID, _IPO, _HINGE, _ROBUST, _SIMPO, _ORPO, _GDPO, _APO_ZERO, _APO_DOWN, _SFT = (
     tl.constexpr(1 << at) for at in range(10)
 )
+_AVERAGING = tl.constexpr(_IPO.value | _SIMPO.value | _ORPO.value | _SFT.value)
+_REFERENCE_FREE = tl.constexpr(_SIMPO.value | _ORPO.value | _SFT.value)
 # Probability 1 has infinite odds: it is held at 1 - eps of float32.
 _HELD_LOGP = tl.constexpr(-1.1920928955078125e-07)
 _PAIR_BLOCK = 32
@@ -34,7 +36,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _log_sigmoid(x):
-    return tl.where(x < 0.0, x, 0.0 * x) - _log1p(tl.exp(-tl.abs(x)))
+    return tl.where(x > 0.0, 0.0, x) - _log1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -99,21 +101,21 @@ def _times(weight, value):
 
 @triton.jit
 def _score(logp, ref_logp, length, KIND: tl.constexpr):
-    if KIND != _SIMPO and KIND != _ORPO and KIND != _SFT:
+    if (_REFERENCE_FREE & KIND) == 0:
         logp = logp - ref_logp
     return _per_token(logp, length, KIND)
 
 
 @triton.jit
 def _per_token(value, length, KIND: tl.constexpr):
-    if KIND == _IPO or KIND == _SIMPO or KIND == _ORPO or KIND == _SFT:
+    if _AVERAGING & KIND:
         value = tl.where(length > 0.0, value / tl.where(length > 0.0, length, 1.0), 0.0)
     return value
 
 
 @triton.jit
 def _add(sums, chosen, rejected, gamma, beta, margin, weight, TYPES: tl.constexpr, KIND: tl.constexpr):
-    """Add ``weight [gamma l(a, b) + (1 - gamma) l(b, a)]`` and its slopes by the log-probs, if the type is asked for."""
+    """Add ``weight [gamma l(a, b) + (1 - gamma) l(b, a)]`` and its slopes by the log-probs, for a type asked for."""
     loss, by_chosen, by_rejected = sums
     if KIND & TYPES:
         chosen_logp, ref_chosen, chosen_length = chosen
@@ -175,7 +177,7 @@ def _optional(ptr, at, mask, GIVEN: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _preference_loss_kernel(
     chosen_ptr, rejected_ptr, ref_chosen_ptr, ref_rejected_ptr, confidence_ptr, chosen_length_ptr, rejected_length_ptr,
     out_ptr, pairs, beta, margin, w0, w1, w2, w3, w4, w5, w6, w7, w8, w9,
@@ -202,7 +204,7 @@ def _preference_loss_kernel(
         tl.store(out_ptr + i * pairs + at, terms[i].to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "pairs", "ignore_index"])
 def _sequence_preference_kernel(
     logp_ptr, ids_ptr, labels_ptr, stats_ptr, ref_chosen_ptr, ref_rejected_ptr, confidence_ptr,
     loss_ptr, sequence_ptr, means_ptr, tokens, pairs, ignore_index, beta, margin,
@@ -211,7 +213,7 @@ def _sequence_preference_kernel(
 ):  # fmt: skip
     """One pair, from its tokens wherever they lie: a program reads all ids and labels, 20 bytes a token from L2.
 
-    Sums are in float64 in an order that depends on shapes alone. ``sequence`` [4, S] is log-prob, length, reward, slope.
+    Sums are in float64, in an order that depends on shapes alone. ``sequence`` [4, S]: log-prob, length, reward, slope.
     """
     pair = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
@@ -344,8 +346,9 @@ def sequence_preference_loss_forward(
     means = token_logp_N.new_empty((3, 2 * pairs) if token_stats_3N is not None else 0, dtype=torch.float32)
     if pairs:
         types, first, weights = _encode(loss_types, loss_weights)
-        tensors = (token_logp_N, sequence_ids_N, labels_N, token_stats_3N)
-        tensors = (*tensors, ref_chosen_logp, ref_rejected_logp, confidence)
+        tensors = (
+            token_logp_N, sequence_ids_N, labels_N, token_stats_3N, ref_chosen_logp, ref_rejected_logp, confidence
+        )  # fmt: skip
         with torch.cuda.device_of(token_logp_N):
             _sequence_preference_kernel[(pairs,)](
                 *(None if x is None else x.contiguous() for x in tensors), loss_P, out_4S, means,
@@ -353,7 +356,8 @@ def sequence_preference_loss_forward(
                 REFERENCE=ref_chosen_logp is not None, STATS=token_stats_3N is not None,
                 TYPES=types, FIRST=first, BLOCK=_TOKEN_BLOCK, num_warps=4,
             )  # fmt: skip
-    return SequenceTerms(loss_P, *out_4S.unbind(), means)
+    logp_S, length_S, reward_S, slope_S = out_4S.unbind()
+    return SequenceTerms(loss_P, logp_S, length_S, reward_S, slope_S, means)
 
 
 def _encode(loss_types: Sequence[str], loss_weights: Sequence[float]) -> tuple[int, int, list[float]]:
