@@ -355,7 +355,9 @@ def token_residual(
         return result
     inner, outer, _ = _scales(logit_scale, softcap, temperature)
     more = bias_V is not None or softcap is not None or entropy or stats
-    hold, block, warps = plan(vocabulary, more, _capability(logits_nV))
+    strides = (logits_nV.stride(0), residual_nV.stride(0) if residual_dtype is not None else 0)
+    aligned = all(number % 16 == 0 for number in (vocabulary, *strides))
+    hold, block, warps = plan(vocabulary, _capability(logits_nV), more=more, aligned=aligned)
     with torch.cuda.device_of(logits_nV):
         _token_residual_kernel[(rows,)](
             logits_nV, labels_n, bias_V, residual_nV, logp_n, result.row_stats, entropy_n, top1_n, mean_n,
@@ -436,13 +438,19 @@ def logprob_backward(
     )
 
 
-def plan(vocabulary: int, more: bool, capability: int) -> tuple[bool, int, int]:
-    """Whether a row is held, the block, and the warps of a program that keeps ``more`` than the logits."""
+def plan(vocabulary: int, capability: int, *, more: bool, aligned: bool) -> tuple[bool, int, int]:
+    """Whether a row is held, the block, and the warps of a program.
+
+    ``more``: it keeps more than the logits; ``aligned``: rows begin and end at multiples of 16 elements. A thread holds
+    16, 32 or, for the longest plain rows, 64 columns.
+    """
     config = CONFIGS[max(known for known in CONFIGS if known <= max(capability, min(CONFIGS)))]
     whole = max(128, triton.next_power_of_2(vocabulary))
-    if whole <= (config.hold_more if more else config.hold):
+    limit = config.hold_more if more else config.hold if aligned else config.hold // 2
+    if whole <= limit:
         return True, whole, min(16, max(1, whole // (512 if more else 1024)))
-    return False, config.block, config.warps
+    # Half the threads may have twice the registers, and as many rows are in flight.
+    return (False, config.block // 2, config.warps // 2) if more else (False, config.block, config.warps)
 
 
 def _capability(tensor: Tensor) -> int:
