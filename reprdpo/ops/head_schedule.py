@@ -117,7 +117,7 @@ def empty_forward(
         hidden_ND.new_zeros(num_tokens if entropy else 0, dtype=dtype),
         hidden_ND.new_zeros(num_tokens if stats else 0, dtype=dtype),
         hidden_ND.new_zeros(num_tokens if stats else 0, dtype=dtype),
-        hidden_ND.new_empty(3, num_rows if any(needs) and plan.keep != "pairs" else 0, dtype=dtype),
+        hidden_ND.new_zeros(3, num_rows if any(needs) and plan.keep != "pairs" else 0, dtype=dtype),
         hidden_ND.new_empty(num_rows, vocabulary) if plan.keep == "residual" else hidden_ND.new_empty(0),
         hidden_ND.new_empty(num_rows, width) if plan.keep == "rows" else hidden_ND.new_empty(0),
     )

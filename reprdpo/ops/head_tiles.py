@@ -74,10 +74,11 @@ def tile_cost(kind: Backend, hidden_ND: Tensor, head: Head, *, entropy: bool) ->
     upcast = max(1, width) * dtype.itemsize if by_blocks else 0
     # Upcast beside a row's logits: its hidden state, and its part of a column block of the residual.
     beside = upcast + dtype.itemsize if upcast else 0
-    work = full_row * ((head.softcap is not None) + entropy) if kind == "reference" else 0
+    half_row = vocabulary * hidden_ND.dtype.itemsize if half else 0
+    work = full_row * ((head.softcap is not None) + entropy) + half_row if kind == "reference" else 0
     return TileCost(
         logits=0 if half and kind == "native" else full_row + beside,
-        residual=vocabulary * hidden_ND.dtype.itemsize + (beside if kind == "native" else 0) if half else 0,
+        residual=half_row + (beside if half and kind == "native" else 0),
         work=work,
         work_rows=_work_rows(hidden_ND.device, full_row),
         upcast=upcast,

@@ -166,7 +166,7 @@ def test_logits_alive_stay_within_the_budget(dtype, entropy, softcap, needs, bud
     kept = out.residual.nbytes + out.hidden_rows.nbytes
     assert kept <= budget
     arguments = (hidden, head, labels, None, out.entropy, out.row_stats, out.residual, out.hidden_rows, needs)
-    with LiveBytes(hidden, weight) as live:
+    with LiveBytes(hidden, weight, out.residual, out.hidden_rows) as live:
         head_backward(kind, grad, grad if entropy else None, *arguments, **options)
     assert kept + live.peak <= budget + small
 

@@ -261,7 +261,8 @@ def test_opcheck(reduction, budget):
     ids = torch.arange(4).repeat_interleave(labels.shape[1])
     flat = hidden.detach().reshape(-1, 5).requires_grad_()
     inputs = (
-        *(flat, weight, None, labels.reshape(-1), ids, None, *references(2).values(), torch.rand(2).double(), 4, 0.3),
+        *(flat, weight, None, labels.reshape(-1), ids, (labels.reshape(-1) != IGNORED).nonzero()[:, 0]),
+        *(*references(2).values(), torch.rand(2).double(), 4, 0.3),
         *(["sigmoid", "sft"], [1.0, 0.5], 0.5, reduction, 1.0, None, 1.0, IGNORED),
     )
     needs = (True, True, False)
