@@ -17,6 +17,7 @@ from reprdpo.ops.head_tiles import (
     Needs,
     TileCost,
     default_tile_bytes,
+    empty_residual,
     exact_matmuls,
     hidden_product,
     scaled_rows,
@@ -107,7 +108,7 @@ class HeadForward(NamedTuple):
 
 
 def empty_forward(
-    hidden_ND: Tensor, vocabulary: int, num_rows: int, plan: Plan, needs: Needs, *, entropy: bool, stats: bool
+    kind: Backend, hidden_ND: Tensor, vocabulary: int, num_rows: int, plan: Plan, needs: Needs, *, entropy: bool, stats: bool
 ) -> HeadForward:
     """The outputs of a forward by shape, those a token zero."""
     num_tokens, width = hidden_ND.shape
@@ -118,7 +119,7 @@ def empty_forward(
         hidden_ND.new_zeros(num_tokens if stats else 0, dtype=dtype),
         hidden_ND.new_zeros(num_tokens if stats else 0, dtype=dtype),
         hidden_ND.new_zeros(3, num_rows if any(needs) and plan.keep != "pairs" else 0, dtype=dtype),
-        hidden_ND.new_empty(num_rows, vocabulary) if plan.keep == "residual" else hidden_ND.new_empty(0),
+        empty_residual(kind, hidden_ND, num_rows, vocabulary) if plan.keep == "residual" else hidden_ND.new_empty(0),
         hidden_ND.new_empty(num_rows, width) if plan.keep == "rows" else hidden_ND.new_empty(0),
     )
 
@@ -139,7 +140,7 @@ def fake_forward(
     num_rows = planned_rows(labels_N, scored_index)
     plan = plan_head(kind, hidden_ND, head, num_rows, needs, entropy=entropy, max_tile_bytes=max_tile_bytes)
     return empty_forward(
-        hidden_ND, head.weight.shape[0], num_rows, plan, needs, entropy=entropy, stats=stats
+        kind, hidden_ND, head.weight.shape[0], num_rows, plan, needs, entropy=entropy, stats=stats
     )
 
 
@@ -166,11 +167,11 @@ def head_forward(
     plan = plan_head(kind, hidden_ND, head, num_rows, needs, entropy=entropy, max_tile_bytes=max_tile_bytes)
     no_residual = plan._replace(keep="nothing") if plan.keep == "residual" else plan
     out = empty_forward(
-        hidden_ND, head.weight.shape[0], num_rows, no_residual, needs, entropy=entropy, stats=stats
+        kind, hidden_ND, head.weight.shape[0], num_rows, no_residual, needs, entropy=entropy, stats=stats
     )
     index_R = scored_rows(labels_N, scored_index, ignore_index)
     tiles = HeadTiles(kind, head, min(plan.rows, index_R.shape[0]), plan.upcast_bytes)
-    kept = _Residual(hidden_ND, head, num_rows) if plan.keep == "residual" else None
+    kept = _Residual(kind, hidden_ND, head, num_rows) if plan.keep == "residual" else None
 
     # A function, so that a tile's tensors are gone before the next tile's are made.
     def run(rows: slice) -> None:
@@ -201,8 +202,8 @@ def head_forward(
 class _Residual:
     """The residual of all rows: a single tile's own, or several in one buffer."""
 
-    def __init__(self, hidden_ND: Tensor, head: Head, num_rows: int) -> None:
-        self.like, self.shape = hidden_ND, (num_rows, head.weight.shape[0])
+    def __init__(self, kind: Backend, hidden_ND: Tensor, head: Head, num_rows: int) -> None:
+        self.kind, self.like, self.shape = kind, hidden_ND, (num_rows, head.weight.shape[0])
         self.in_place = hidden_ND.dtype == reference.compute_dtype(hidden_ND)
         self.tensor: Tensor | None = None
 
@@ -211,7 +212,7 @@ class _Residual:
         if not self.in_place:
             return None
         if self.tensor is None:
-            self.tensor = self.like.new_empty(self.shape)
+            self.tensor = self._empty()
         return self.tensor[rows]
 
     def put(self, rows: slice, residual_nV: Tensor) -> None:
@@ -219,12 +220,15 @@ class _Residual:
             self.tensor = residual_nV
             return
         if self.tensor is None:
-            self.tensor = self.like.new_empty(self.shape)
+            self.tensor = self._empty()
         if residual_nV.data_ptr() != self.tensor[rows].data_ptr():
             self.tensor[rows] = residual_nV
 
     def whole(self) -> Tensor:
-        return self.like.new_empty(self.shape) if self.tensor is None else self.tensor
+        return self._empty() if self.tensor is None else self.tensor
+
+    def _empty(self) -> Tensor:
+        return empty_residual(self.kind, self.like, *self.shape)
 
 
 def write_tokens(out: HeadForward, tile: TokenResidual, index_n: Tensor, ignored_n: Tensor) -> None:
@@ -277,7 +281,7 @@ def head_backward(
     assert grad_logp_N is not None
     scale_R = row_scale(grad_logp_N[index_R], ignored_R, labels_R, row_stats_3R[:, :row_count], head)
     plan = plan_head(kind, hidden_ND, head, row_count, needs, entropy=False, max_tile_bytes=max_tile_bytes)
-    total = GradientSum(hidden_ND, head, needs, single_tile=True, upcast_bytes=plan.upcast_bytes)
+    total = GradientSum(kind, hidden_ND, head, needs, single_tile=True, upcast_bytes=plan.upcast_bytes)
     with exact_matmuls(hidden_ND.device):
         if hidden_rows_RD.numel() == 0:
             total.add(residual_RV[:row_count], scale_R, hidden_RD, index_R)
@@ -329,7 +333,7 @@ def _recompute(
     pieces = even_tiles(index_R.shape[0], most)
     tiles = HeadTiles(kind, head, min(most, index_R.shape[0]), plan.upcast_bytes)
     total = GradientSum(
-        hidden_ND, head, needs, single_tile=len(pieces) == 1, upcast_bytes=plan.upcast_bytes
+        kind, hidden_ND, head, needs, single_tile=len(pieces) == 1, upcast_bytes=plan.upcast_bytes
     )
 
     def run(rows: slice) -> None:

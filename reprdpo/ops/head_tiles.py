@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reprdpo.ops import reference
+from reprdpo.ops import backend, reference
 from reprdpo.ops.backend import Backend
 from reprdpo.ops.reference import HALF_RESIDUAL_SCALE, Head, TokenResidual
 
@@ -48,6 +48,20 @@ def exact_matmuls(device: torch.device) -> Iterator[None]:
             setting.fp32_precision = precision
 
 
+def select_head(op: str, hidden_ND: Tensor, weight_VD: Tensor) -> Backend:
+    """The backend of an op over an lm_head; the native one reads half-precision weights in rows, else is not asked."""
+    kind = backend.select(op, hidden_ND)
+    in_rows = weight_VD.stride(1) == 1 or weight_VD.shape[1] <= 1
+    return kind if kind != "native" or in_rows or weight_VD.dtype == torch.float32 else "reference"
+
+
+def empty_residual(kind: Backend, hidden_ND: Tensor, num_rows: int, vocabulary: int) -> Tensor:
+    """Room for a residual [R, V]; in half precision the native pass writes it transposed."""
+    if kind == "native" and hidden_ND.dtype != torch.float32:
+        return hidden_ND.new_empty(vocabulary, num_rows).t()
+    return hidden_ND.new_empty(num_rows, vocabulary)
+
+
 class TileCost(NamedTuple):
     """Bytes alive while a tile is worked on: a row's, for its logits, residual and pass, and once a tile."""
 
@@ -75,12 +89,13 @@ def tile_cost(kind: Backend, hidden_ND: Tensor, head: Head, *, entropy: bool) ->
     # Upcast beside a row's logits: its hidden state, and its part of a column block of the residual.
     beside = upcast + dtype.itemsize if upcast else 0
     half_row = vocabulary * hidden_ND.dtype.itemsize if half else 0
+    native_half = half and kind == "native"
     work = full_row * ((head.softcap is not None) + entropy) + half_row if kind == "reference" else 0
     return TileCost(
-        logits=0 if half and kind == "native" else full_row + beside,
-        residual=half_row + (beside if half and kind == "native" else 0),
-        work=work,
-        work_rows=_work_rows(hidden_ND.device, full_row),
+        logits=beside if native_half else full_row + beside,
+        residual=half_row,
+        work=full_row if native_half else work,
+        work_rows=max(32, 2**24 // full_row) if native_half else _work_rows(hidden_ND.device, full_row),
         upcast=upcast,
     )
 
@@ -211,6 +226,7 @@ class GradientSum:
 
     def __init__(
         self,
+        kind: Backend,
         hidden_ND: Tensor,
         head: Head,
         needs: Needs,
@@ -219,7 +235,8 @@ class GradientSum:
         upcast_bytes: int,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.head, self.needs, self.single_tile, self.upcast_bytes = head, needs, single_tile, upcast_bytes
+        self.kind, self.head, self.needs = kind, head, needs
+        self.single_tile, self.upcast_bytes = single_tile, upcast_bytes
         self.dtype = dtype or hidden_ND.dtype
         self.bias_dtype = dtype if head.bias is None or dtype else head.bias.dtype
         self.hidden = torch.zeros_like(hidden_ND, dtype=self.dtype) if needs.hidden else hidden_ND.new_empty(0)
@@ -253,11 +270,17 @@ class GradientSum:
         compute, dtype = scale_n.dtype, self.head.weight.dtype
         whole = dtype == compute or (dtype == torch.bfloat16 and residual_nV.is_cuda)
         first = self.weight is None
-        if self.single_tile and (whole or _rounding_gemm(residual_nV)):
+        native = self.kind == "native" and dtype != compute
+        if self.single_tile and not native and (whole or _rounding_gemm(residual_nV)):
             self.weight = torch.mm(residual_nV.t(), scaled_rows(hidden_nD, scale_n, dtype))
             return
         if self.weight is None:
             self.weight = hidden_nD.new_empty(self.head.weight.shape, dtype=self.dtype if self.single_tile else compute)
+        if native:
+            if dtype == torch.float16:
+                scale_n = scale_n / HALF_RESIDUAL_SCALE
+            torch.ops.reprdpo_native.residual_weight_grad(residual_nV, hidden_nD, scale_n, self.weight, not first)
+            return
         if whole:
             rows_nD = scaled_rows(hidden_nD, scale_n, dtype)
             options = {} if dtype == compute else {"out_dtype": compute}

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from reprdpo.ops import backend, checks
 from reprdpo.ops.head_schedule import fake_forward, find_scored, head_backward, head_forward
-from reprdpo.ops.head_tiles import Needs
+from reprdpo.ops.head_tiles import Needs, select_head
 from reprdpo.ops.reference import Head
 
-backend.declare("linear_logprob")
+backend.declare("linear_logprob", cpu=("native",))
 
 
 class LinearLogprob(NamedTuple):
@@ -203,7 +203,7 @@ def _linear_logprob(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return head_forward(
-        backend.select("linear_logprob", hidden),
+        select_head("linear_logprob", hidden, weight),
         hidden,
         Head(weight, bias, logit_scale, softcap, temperature),
         labels,
@@ -235,7 +235,7 @@ def _(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return fake_forward(
-        backend.select("linear_logprob", hidden),
+        select_head("linear_logprob", hidden, weight),
         hidden,
         Head(weight, bias, logit_scale, softcap, temperature),
         labels,
@@ -270,7 +270,7 @@ def _linear_logprob_backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return head_backward(
-        backend.select("linear_logprob", hidden),
+        select_head("linear_logprob", hidden, weight),
         grad_logp,
         grad_entropy,
         hidden,

@@ -21,7 +21,7 @@ from reprdpo.ops.head_schedule import (
     plan_head,
     planned_rows,
 )
-from reprdpo.ops.head_tiles import Needs
+from reprdpo.ops.head_tiles import Needs, select_head
 from reprdpo.ops.linear_logprob import (
     as_autocast_would,
     check_head_arguments,
@@ -34,7 +34,7 @@ from reprdpo.ops.pair_schedule import kept_dtype, pair_forward
 from reprdpo.ops.preference_loss import check_loss, check_references, confidence_per_pair
 from reprdpo.ops.reference import Head, PairBatch, PairTerms, Segments
 
-backend.declare("linear_preference_loss")
+backend.declare("linear_preference_loss", cpu=("native",))
 
 
 class SequenceStats(NamedTuple):
@@ -265,7 +265,7 @@ def _linear_preference_loss(
 ) -> tuple[Tensor, ...]:
     """Loss, log-probs [S], rewards [S], stats [3, S] (or empty); what :class:`HeadForward` keeps for the backward;
     and where the plan is "pairs", the gradients for an upstream gradient of 1."""
-    kind = backend.select("linear_preference_loss", hidden)
+    kind = select_head("linear_preference_loss", hidden, weight)
     head, needs = Head(weight, bias, logit_scale, softcap, temperature), Needs(hidden_grad, weight_grad, bias_grad)
     constants = (ref_chosen_logp, ref_rejected_logp, confidence, beta, loss_types, loss_weights, simpo_gamma)
     plan = _plan(
@@ -321,7 +321,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     num_sequences, reduction, logit_scale, softcap, temperature = rest[3], *rest[8:12]
     return_stats, max_tile_bytes, *flags = rest[13:]
-    kind = backend.select("linear_preference_loss", hidden)
+    kind = select_head("linear_preference_loss", hidden, weight)
     head, needs = Head(weight, bias, logit_scale, softcap, temperature), Needs(*flags)
     plan = _plan(
         *(kind, hidden, head, labels, scored_index, needs),
@@ -330,7 +330,7 @@ def _(
         max_tile_bytes=max_tile_bytes,
     )
     num_rows = planned_rows(labels, scored_index)
-    tokens = empty_forward(hidden, weight.shape[0], num_rows, plan, needs, entropy=False, stats=False)
+    tokens = empty_forward(kind, hidden, weight.shape[0], num_rows, plan, needs, entropy=False, stats=False)
     like = tokens.logp
     gradients = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
     if plan.keep == "pairs":
@@ -389,7 +389,7 @@ def _linear_preference_loss_backward(
     grad_loss = _over_pairs(grad_loss, reduction, num_sequences)
     grad_S = torch.cat([grad_loss * terms.chosen_slope, grad_loss * terms.rejected_slope])
     return head_backward(
-        backend.select("linear_preference_loss", hidden),
+        select_head("linear_preference_loss", hidden, weight),
         reference.sequence_sum_backward(grad_S, layout, labels.shape[0]),
         None,
         hidden,

@@ -60,13 +60,14 @@ def pair_forward(
     host, one synchronisation; under CUDA graph capture all pairs are one group.
     """
     num_rows = planned_rows(labels_N, scored_index)
-    out = empty_forward(hidden_ND, head.weight.shape[0], num_rows, plan, needs, entropy=stats, stats=stats)
+    out = empty_forward(kind, hidden_ND, head.weight.shape[0], num_rows, plan, needs, entropy=stats, stats=stats)
     index_R = scored_rows(labels_N, scored_index, ignore_index)
     groups = pair_groups(index_R, sequence_ids_N[index_R], num_sequences, plan.rows)
     pieces = [even_tiles(group.index.shape[0], plan.rows) for group in groups]
     largest = max((rows.stop - rows.start for parts in pieces for rows in parts), default=0)
     tiles = HeadTiles(kind, head, largest, plan.upcast_bytes)
     total = GradientSum(
+        kind,
         hidden_ND,
         head,
         needs,
