@@ -2,7 +2,7 @@
 
 REPRDPO_NATIVE = auto (build where cmake, a C++ compiler and torch >= 2.11 are found; otherwise install without,
 saying so), on (an error where it cannot be built) or off. REPRDPO_CUDA = auto | on | off says the same of the CUDA
-library and nvcc. What was left out, and why, is written to reprdpo/lib/build.txt, a line a library, for `reprdpo doctor`.
+library and nvcc. What was left out, and why, is written to reprdpo/lib/build.txt, a line each, for `reprdpo doctor`.
 """
 
 import importlib.util

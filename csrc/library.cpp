@@ -1,5 +1,6 @@
-// Every native op: its schema, and which function serves it on the CPU (on CUDA: library_cuda.cpp). The public ops,
-// torch.ops.reprdpo.*, their checks, fakes and autograd are Python's (reprdpo/ops); these are called by them alone.
+// Every native op: its schema, and which function serves it on the CPU (on CUDA: library_cuda.cpp). The
+// public ops, torch.ops.reprdpo.*, their checks, fakes and autograd are Python's (reprdpo/ops); these are
+// called by them alone.
 #include <torch/csrc/stable/library.h>
 
 #include "common/cpu_capability.h"
@@ -16,8 +17,14 @@ STABLE_TORCH_LIBRARY(reprdpo_native, library) {
   library.def("cpu_capability() -> str");
   library.def(
       "probe_reward(Tensor[] hidden_states, Tensor? index, Tensor probe_weight, Tensor probe_bias, "
-      "Tensor? gate_weight, Tensor gate_bias, str gate, bool save_pooled) "
-      "-> (Tensor reward, Tensor layer_scores, Tensor layer_gate, Tensor pooled)");
+      "Tensor? gate_weight, Tensor gate_bias, str gate, bool save_pooled, "
+      "float? alpha, bool squash, float? floor, bool reduce_batch) "
+      "-> (Tensor reward, Tensor layer_scores, Tensor layer_gate, Tensor pooled, Tensor confidence)");
+  library.def(
+      "probe_reward_backward(Tensor? grad_reward, Tensor? grad_scores, Tensor? grad_gate, Tensor? pooled, "
+      "Tensor? index, Tensor probe_weight, Tensor? gate_weight, Tensor layer_scores, Tensor layer_gate, "
+      "str gate, SymInt[] hidden_shape, int hidden_count, ScalarType hidden_dtype, bool[] needs) "
+      "-> (Tensor[], Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "linear_token_residual(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float logit_scale, "
       "float? softcap, float temperature, bool residual, bool entropy, bool stats) "
@@ -43,6 +50,7 @@ STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CompositeExplicitAutograd, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CPU, library) {
   library.impl("probe_reward", TORCH_BOX(&reprdpo::probe_reward_cpu));
+  library.impl("probe_reward_backward", TORCH_BOX(&reprdpo::probe_reward_backward_cpu));
   library.impl("linear_token_residual", TORCH_BOX(&reprdpo::linear_token_residual_cpu));
   library.impl("residual_weight_grad", TORCH_BOX(&reprdpo::residual_weight_grad_cpu));
   library.impl("token_residual", TORCH_BOX(&reprdpo::token_residual_cpu));
