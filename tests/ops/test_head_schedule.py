@@ -33,7 +33,8 @@ def matmuls(run, rows):
     """Matmul FLOP of ``run`` in units of one product of the scored rows with the weight."""
     with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True) as trace:
         run()
-    return sum(event.flops or 0 for event in trace.events()) / (2 * rows * D * V)
+    products = [event.flops for event in trace.events() if event.name in ("aten::mm", "aten::addmm")]
+    return sum(products) / (2 * rows * D * V)
 
 
 def row_bytes(dtype):
