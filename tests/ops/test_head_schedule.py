@@ -1,0 +1,204 @@
+"""Every path of the schedule: how many matmuls it takes, and that all give the same numbers, to rounding."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from reprdpo.ops import backends, linear_logprob, linear_preference_loss, use_backend
+
+D, V = 48, 640
+IGNORED = -100
+
+
+@pytest.fixture(params=["reference", "native", pytest.param("triton", marks=pytest.mark.interpreter)])
+def backend(request):
+    if not (status := backends()[request.param]).available:
+        pytest.skip(status.reason)
+    with use_backend(request.param):
+        yield request.param
+
+
+def batch(lengths, dtype=torch.float32, **head):
+    """Hidden states [S, T, D], weight, labels and scored positions; a prompt of two tokens before each response."""
+    total = max(lengths) + 2
+    labels = torch.full((len(lengths), total), IGNORED)
+    for row, length in enumerate(lengths):
+        labels[row, 2 : 2 + length] = torch.randint(0, V, (length,))
+    hidden = torch.randn(len(lengths), total, D).to(dtype).requires_grad_()
+    weight = (torch.randn(V, D) / D**0.5).to(dtype).requires_grad_()
+    return hidden, weight, labels, (labels.reshape(-1) != IGNORED).nonzero()[:, 0]
+
+
+def matmuls(run, rows):
+    """Matmul FLOP of ``run`` in units of one product of the scored rows with the weight."""
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True) as trace:
+        run()
+    products = [event.flops for event in trace.events() if event.name in ("aten::mm", "aten::addmm")]
+    return sum(products) / (2 * rows * D * V)
+
+
+def row_bytes(dtype):
+    return V * 4 + (0 if dtype == torch.float32 else V * dtype.itemsize)
+
+
+@pytest.mark.parametrize(
+    ("budget_rows", "frozen", "no_grad", "count"),
+    [
+        *((None, False, False, 3), (None, True, False, 2), (None, False, True, 1)),
+        *((40, False, False, 4), (40, True, False, 2), (40, False, True, 1)),
+    ],
+)
+def test_matmuls_of_linear_logprob(budget_rows, frozen, no_grad, count):
+    hidden, weight, labels, scored = batch([60, 70])
+    weight.requires_grad_(not frozen)
+    budget = None if budget_rows is None else budget_rows * row_bytes(torch.float32)
+
+    def run():
+        with torch.set_grad_enabled(not no_grad):
+            logp = linear_logprob(hidden, weight, labels, scored_index=scored, max_tile_bytes=budget)
+        if not no_grad:
+            logp.backward(torch.randn(logp.shape))
+
+    with use_backend("reference"):
+        assert matmuls(run, 130) == pytest.approx(count)
+
+
+@pytest.mark.parametrize(
+    ("budget_rows", "reduction", "frozen", "count"),
+    [
+        *((None, "mean", False, 3), (None, "none", False, 3), (None, "mean", True, 2)),
+        *((70, "mean", False, 3), (70, "sum", False, 3), (70, "none", False, 4), (70, "mean", True, 2)),
+        (50, "mean", False, 3 + 60 / 130),  # the pair of 60 tokens, alone over the budget, is made twice
+    ],
+)
+def test_matmuls_of_a_pair_loss(budget_rows, reduction, frozen, count):
+    hidden, weight, labels, scored = batch([30, 20, 10, 30, 25, 15])
+    weight.requires_grad_(not frozen)
+    budget = None if budget_rows is None else budget_rows * row_bytes(torch.float32)
+
+    def run():
+        out = linear_preference_loss(
+            *(hidden, weight, labels),
+            beta=0.1,
+            loss_type="simpo",
+            reduction=reduction,
+            scored_index=scored,
+            max_tile_bytes=budget,
+        )
+        out.loss.backward(torch.full(out.loss.shape, 0.7))
+
+    with use_backend("reference"):
+        assert matmuls(run, 130) == pytest.approx(count)
+
+
+def exact_gradients(hidden, weight, labels, options, upstream):
+    """Log-probs' and gradients' exact values, by autograd in float64."""
+    inputs = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
+    logits = inputs[0] @ inputs[1].t() * options.get("logit_scale", 1.0)
+    if (cap := options.get("softcap")) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    ignored = labels == IGNORED
+    logp = logits.log_softmax(-1).gather(-1, labels.masked_fill(ignored, 0)[..., None])[..., 0].masked_fill(ignored, 0)
+    return logp, torch.autograd.grad(logp, inputs, upstream.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "logit_scale": 1.5}], ids=["plain", "softcap"])
+def test_paths_of_linear_logprob_agree(backend, dtype, options):
+    hidden, weight, labels, scored = batch([170, 0, 130, 21], dtype)
+    upstream = torch.randn(labels.shape)
+    exact, wanted = exact_gradients(hidden, weight, labels, options, upstream)
+    n = len(scored)
+    # All at once; in half precision the residual whole and its logits in parts; tiles made again in the backward.
+    budgets = [None, n * V * 2 + 180 * 4 * V * 4, 100 * 4 * V * 4]
+    eps = torch.finfo(dtype).eps
+    for budget in budgets:
+        for trained in ((True, True), (True, False), (False, True)):
+            inputs = [x.detach().requires_grad_(needed) for x, needed in zip((hidden, weight), trained, strict=True)]
+            logp = linear_logprob(*inputs, labels, scored_index=scored, max_tile_bytes=budget, **options)
+            assert (logp - exact).abs().max() < 1e-5
+            asked = [x for x in inputs if x.requires_grad]
+            truths = [truth for truth, needed in zip(wanted, trained, strict=True) if needed]
+            for mine, truth in zip(torch.autograd.grad(logp, asked, upstream), truths, strict=True):
+                assert mine.dtype == dtype
+                assert (mine - truth).norm() <= max(1e-6, 1.5 * eps) * truth.norm()
+
+
+LENGTHS = [120, 0, 7, 61, 300, 1, 33, 90, 0, 2, 80, 64, 299, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("upstream", [1.0, -0.37])
+def test_paths_of_a_pair_loss_agree(backend, dtype, upstream):
+    hidden, weight, labels, scored = batch(LENGTHS, dtype)
+    refs = {name: -5 * torch.rand(7) for name in ("ref_chosen_logp", "ref_rejected_logp")}
+    options = {"beta": 0.02, "confidence": 0.8, "loss_type": ["sigmoid", "sft"], "scored_index": scored, **refs}
+    whole = None
+    # Composed; whole pairs in several tiles; every larger pair made twice; a row or two at a time.
+    for rows in (None, 700, 150, 3):
+        for frozen in (False, True):
+            inputs = hidden.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)
+            budget = None if rows is None else rows * 2 * row_bytes(dtype)
+            out = linear_preference_loss(*inputs, labels, max_tile_bytes=budget, **options)
+            (out.loss * upstream).backward()
+            grads = [x.grad for x in inputs if x.grad is not None]
+            whole = whole or (out, grads)
+            torch.testing.assert_close(out.loss, whole[0].loss, rtol=1e-5, atol=0)
+            torch.testing.assert_close(out.chosen_logp, whole[0].chosen_logp, rtol=1e-5, atol=1e-4)
+            for mine, theirs in zip(grads, whole[1], strict=False):
+                assert mine.dtype == dtype
+                assert (mine - theirs).float().norm() <= max(2e-6, 1.5 * torch.finfo(dtype).eps) * theirs.norm()
+
+
+def test_finished_gradients_can_be_asked_for_again():
+    hidden, weight, labels, scored = batch([30, 20, 10, 30])
+    options = {"beta": 0.5, "loss_type": "simpo", "scored_index": scored}
+    small = {**options, "max_tile_bytes": 60 * row_bytes(torch.float32)}
+    wanted = torch.autograd.grad(linear_preference_loss(hidden, weight, labels, **options).loss, (hidden, weight))
+    loss = linear_preference_loss(hidden, weight, labels, **small).loss
+    # One input after another, twice, with upstream gradients of several kinds: each time the gradient of that call.
+    for factor in (1.0, -2.5, 1.0):
+        for position, value in ((1, weight), (0, hidden)):
+            (grad,) = torch.autograd.grad(loss * factor, value, retain_graph=True)
+            torch.testing.assert_close(grad, factor * wanted[position], rtol=1e-4, atol=1e-7)
+    for _ in range(2):
+        linear_preference_loss(hidden, weight, labels, **small).loss.backward()
+    torch.testing.assert_close(weight.grad, 2 * wanted[1], rtol=1e-4, atol=1e-7)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(
+            linear_preference_loss(hidden, weight, labels, **small).loss.square(), weight, create_graph=True
+        )
+
+
+def test_a_loss_scale_lifts_float16_gradients():
+    """Gradients far below float16's range survive from forward to backward, where the scale brings them back."""
+    hidden, weight, labels, scored = batch([30, 20, 10, 30], torch.float16)
+    options = {"beta": 1e-5, "loss_type": "simpo", "scored_index": scored}
+    wanted = torch.autograd.grad(
+        linear_preference_loss(hidden.float(), weight.float(), labels, **options).loss * 65536.0, (hidden, weight)
+    )
+    for budget in (None, 60 * 2 * row_bytes(torch.float16)):
+        loss = linear_preference_loss(hidden, weight, labels, max_tile_bytes=budget, **options).loss * 65536.0
+        for mine, truth in zip(torch.autograd.grad(loss, (hidden, weight)), wanted, strict=True):
+            assert (mine - truth).float().norm() <= 4e-3 * truth.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_addresses_past_two_to_the_31(backend, dtype):
+    """A weight and logits whose rows lie 2^27 elements apart: memory is reserved, hardly any is touched."""
+    if backend == "triton":
+        pytest.skip("the interpreter copies whole storages")
+    stride = 2**27
+    rows = 20
+    try:
+        storage = torch.empty((rows - 1) * stride + D, dtype=dtype)
+    except RuntimeError:
+        pytest.skip("this machine does not reserve 10 GB")
+    assert storage.numel() > 2**31
+    weight = storage.as_strided((rows, D), (stride, 1)).copy_(torch.randn(rows, D)).requires_grad_()
+    hidden, labels = torch.randn(9, D).to(dtype).requires_grad_(), torch.randint(0, rows, (9,))
+    far = linear_logprob(hidden, weight, labels)
+    near = linear_logprob(hidden, weight.detach().contiguous().requires_grad_(), labels)
+    torch.testing.assert_close(far, near)
+    (grad,) = torch.autograd.grad(far.sum(), hidden)
+    torch.testing.assert_close(grad, torch.autograd.grad(near.sum(), hidden)[0])
