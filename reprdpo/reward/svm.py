@@ -5,7 +5,7 @@ Shapes: n rows, L layers, D features, U unknowns of a problem, F folds, k proble
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,8 +19,8 @@ from reprdpo.reward.svm_newton import Solution, newton
 
 Loss = Literal["squared_hinge", "hinge"]
 
-# Past this many steps Newton's method has met costs so large that the walls move it: an interior point passes them.
-_NEWTON_STEPS = 16
+# What the first of two methods may take before the other has its turn.
+_NEWTON_STEPS, _INTERIOR_STEPS = 16, 32
 _CPU_WORKING_BYTES = 1 << 28
 _CUDA_MEMORY_SHARE = 8
 _CHECKED_BYTES = 1 << 26
@@ -53,7 +53,7 @@ def fit_linear_svm(
     fit_intercept: bool = True,
     intercept_scaling: float = 1.0,
     tol: float = 1e-4,
-    max_iter: int = 100,
+    max_iter: int = 200,
     sample_weight: Tensor | None = None,
     groups: Sequence[object] | None = None,
     folds: int = 5,
@@ -112,7 +112,9 @@ def fit_linear_svm(
         _fit_layers(features[:, a : a + cut.layers], y_N, weight_PN, grid, bias, cut, options)
         for a in range(0, L, cut.layers)
     ]
-    coef, intercept, objective, gap, C_L, fold_gap_L = (torch.cat([part[i] for part in parts]) for i in range(6))
+    coef, intercept, objective, gap, C_L, fold_gap_L = (
+        torch.cat(part) for part in zip(*(part[:6] for part in parts), strict=True)
+    )
     dtype = torch.promote_types(features.dtype, torch.float32)
     steps = max(part[6] for part in parts)
     fitted = LinearSVM(coef.to(dtype), intercept.to(dtype), objective, steps, gap <= tol, C_L, gap)
@@ -154,16 +156,29 @@ def _fit_layers(
 
 
 def _solve(form: Form, y_N: Tensor, cost_BN: Tensor, layer_B: Tensor, solution: Solution, options: _Options) -> int:
-    """Solve every problem from where ``solution`` stands; the steps of the slowest."""
-    problem = (form, y_N, cost_BN, layer_B, solution)
-    hinge, tol, left = options
-    late, steps = torch.arange(len(cost_BN), device=cost_BN.device), 0
-    if not (hinge and form.direct):
-        steps = newton(*problem, hinge=hinge, tol=tol, max_iter=min(left, _NEWTON_STEPS) if form.direct else left)
-        left -= steps
-        late = late[~(solution.gap <= tol * solution.objective)]
-    if form.direct and left and len(late):
-        steps += interior_point(*problem, late, hinge=hinge, tol=tol, max_iter=left)
+    """Solve every problem from where ``solution`` stands, those that one method leaves open by another.
+
+    Newton's method is the fastest on the squared hinge until costs are so large that every step meets a bend; the
+    interior point does not mind, but forms its systems from numbers of ever wider range, which few rows' features bear
+    badly.
+
+    Returns:
+        The steps of the slowest problem.
+    """
+    hinge, tol, max_iter = options
+    methods: list[tuple[Callable[..., int], int]] = [(newton, max_iter)]
+    if form.direct:
+        methods = [(newton, _NEWTON_STEPS), (interior_point, max_iter)]
+        if hinge:
+            methods = [(interior_point, _INTERIOR_STEPS), (newton, max_iter)]
+    at, steps = torch.arange(len(cost_BN), device=cost_BN.device), 0
+    for method, limit in methods:
+        most = min(limit, max_iter - steps)
+        steps += method(form, y_N, cost_BN, layer_B, solution, at, hinge=hinge, tol=tol, max_iter=most)
+        at = at[~(solution.gap <= tol * solution.objective)[at]]
+        if steps == max_iter or not len(at):
+            break
+        solution.restart(at)
     return steps
 
 

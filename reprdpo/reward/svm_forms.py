@@ -15,10 +15,13 @@ _CG_TOLERANCE = 1e-2
 _DOUBLE = 8
 
 
+FormName = Literal["gram", "primal", "streamed", "cg"]
+
+
 class Plan(NamedTuple):
     """How a fit is cut so that what it allocates stays within a budget."""
 
-    form: Literal["gram", "primal", "streamed", "cg"]
+    form: FormName
     layers: int  # at once
     problems: int  # of a layer, at once
     block_bytes: int  # of features at once
@@ -33,16 +36,14 @@ def plan(n: int, L: int, M: int, problems: int, working_bytes: int) -> Plan:
     block = working_bytes // 8
     rest = working_bytes - 2 * block
     square, vectors = min(n, M) ** 2, 40 * n + 8 * M
-    sizes: dict[Literal["gram", "primal", "streamed", "cg"], tuple[int, int]] = {
+    sizes: dict[FormName, tuple[int, int]] = {
         "gram": (square, 4 * square + vectors),
         "primal": (n * M, 2 * n * M + 3 * square + vectors),
         "streamed": (0, 3 * square + vectors),
         "cg": (0, vectors + 12 * M),
     }
-    del sizes["gram" if n >= M else "primal"]
-    if n < M:
-        del sizes["streamed"]
-    form = next((form for form, size in sizes.items() if _DOUBLE * sum(size) <= rest), "cg")
+    order: list[FormName] = ["gram"] if n < M else ["primal", "streamed"]
+    form: FormName = next((form for form in order if _DOUBLE * sum(sizes[form]) <= rest), "cg")
     shared, each = (_DOUBLE * size for size in sizes[form])
     together = max(1, min(problems, (rest - shared) // each))
     layers = max(1, min(L, rest // (shared + problems * each))) if together == problems else 1

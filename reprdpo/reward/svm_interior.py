@@ -25,11 +25,12 @@ def interior_point(
     tol: float,
     max_iter: int,
 ) -> int:
-    """Minimise ``|w|^2 / 2 + sum_i cost_i loss(1 - y_i w . x_i)`` for the problems ``at``, through their duals.
+    """Minimise ``|w|^2 / 2 + sum_i cost_i loss(1 - y_i w . x_i)`` for the problems ``at``, from ``solution`` into it.
 
-    ``min_a |sum_i a_i y_i x_i|^2 / 2 + sum_i ridge_i a_i^2 / 2 - a_i``, with ``0 <= a <= cost`` and ridge 0 for the
-    hinge, ``0 <= a`` and ridge 1 / (2 cost) for its square, by Mehrotra's predictor and corrector (1992) on systems of
-    the form's size (Fine and Scheinberg 2001). The number of steps hardly grows with the costs. ``form`` is direct.
+    Through their duals, ``min_a |sum_i a_i y_i x_i|^2 / 2 + sum_i ridge_i a_i^2 / 2 - a_i``, with ``0 <= a <= cost``
+    and ridge 0 for the hinge, ``0 <= a`` and ridge 1 / (2 cost) for its square, by Mehrotra's predictor and corrector
+    (1992) on systems of the form's size (Fine and Scheinberg 2001). The number of steps hardly grows with the costs.
+    ``form`` is direct.
 
     Returns:
         The steps of the slowest problem; the device is asked for one number in each.

@@ -31,6 +31,10 @@ class Solution:
         rows, value = y_N.new_zeros(B, len(y_N)), y_N.new_zeros(B)
         return cls(y_N.new_zeros(B, form.unknowns), rows, rows.clone(), value, value + torch.inf)
 
+    def restart(self, at: Tensor) -> None:
+        """Some problems' weights 0 again."""
+        self.z[at], self.scores[at], self.dual[at] = 0, 0, 0
+
     def put(
         self, at: Tensor, z: Tensor, scores_bN: Tensor, dual_bN: Tensor, objective_b: Tensor, gap_b: Tensor
     ) -> None:
@@ -45,12 +49,13 @@ def newton(
     cost_BN: Tensor,
     layer_B: Tensor,
     solution: Solution,
+    at: Tensor,
     *,
     hinge: bool,
     tol: float,
     max_iter: int,
 ) -> int:
-    """Minimise ``|w|^2 / 2 + sum_i cost_i loss(1 - y_i w . x_i)`` for every problem, from ``solution`` and into it.
+    """Minimise ``|w|^2 / 2 + sum_i cost_i loss(1 - y_i w . x_i)`` for the problems ``at``, from ``solution`` into it.
 
     A row's dual variable is ``clip(offset + stiffness slack, 0, cap)``. The squared hinge is offset 0, stiffness
     2 cost and no cap; Newton's method with an exact line search then ends after finitely many steps (Mangasarian
@@ -60,9 +65,8 @@ def newton(
     Returns:
         The steps of the slowest problem; the device is asked for one number in each.
     """
-    at = torch.arange(len(cost_BN), device=cost_BN.device)
-    layer_b, cost_bN, z, f_bN = layer_B, cost_BN, solution.z.clone(), solution.scores.clone()
-    offset_bN = torch.minimum(solution.dual, cost_bN) if hinge else torch.zeros_like(cost_bN)
+    layer_b, cost_bN, z, f_bN = layer_B[at], cost_BN[at], solution.z[at], solution.scores[at]
+    offset_bN = solution.dual[at].minimum(cost_bN) if hinge else torch.zeros_like(cost_bN)
     stiffness_bN = cost_bN if hinge else 2 * cost_bN
     for step in range(max_iter + 1):
         slack_bN = 1 - y_N * f_bN
