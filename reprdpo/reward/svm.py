@@ -1,33 +1,47 @@
 """Linear support vector machines, one a layer, all layers solved together.
 
-Shapes: n rows, L layers, D features, M unknowns of a layer (n in the Gram form, D + 1 in the primal).
+Shapes: n rows, L layers, D features, U unknowns of a problem, F folds, k problems a layer at once.
 """
 
 import math
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from reprdpo.errors import UserError
 from reprdpo.reward.folds import grouped_folds
+from reprdpo.reward.svm_forms import Form, Plan, make_form, plan
+from reprdpo.reward.svm_interior import interior_point
+from reprdpo.reward.svm_newton import Solution, newton
 
-_WORKING_BYTES = 1 << 29
-_ARMIJO = 1e-4
-_HALVINGS = 30
+Loss = Literal["squared_hinge", "hinge"]
+
+# What the first of two methods may take before the other has its turn.
+_NEWTON_STEPS, _INTERIOR_STEPS = 16, 32
+_CPU_WORKING_BYTES = 1 << 28
+_CUDA_MEMORY_SHARE = 8
+_CHECKED_BYTES = 1 << 26
 
 
 class LinearSVM(NamedTuple):
     """What :func:`fit_linear_svm` found; scores are ``features[:, l] @ coef[l] + intercept[l]``."""
 
-    coef: Tensor  # [L, D], the features' dtype
-    intercept: Tensor  # [L]
+    coef: Tensor  # [L, D], float64 for float64 features, else float32
+    intercept: Tensor  # [L], likewise
     objective: Tensor  # [L] float64
-    n_iter: int
+    n_iter: int  # steps of the slowest layer
     converged: Tensor  # [L] bool
     C: Tensor  # [L] float64, the one used
+    gap: Tensor  # [L] float64, duality gap over objective
+
+
+class _Options(NamedTuple):
+    hinge: bool
+    tol: float
+    max_iter: int
 
 
 def fit_linear_svm(
@@ -35,211 +49,181 @@ def fit_linear_svm(
     labels: Tensor,
     *,
     C: float | Sequence[float] = 1.0,
+    loss: Loss = "squared_hinge",
     fit_intercept: bool = True,
+    intercept_scaling: float = 1.0,
     tol: float = 1e-4,
-    max_iter: int = 100,
+    max_iter: int = 200,
     sample_weight: Tensor | None = None,
     groups: Sequence[object] | None = None,
     folds: int = 5,
     seed: int = 0,
+    device: torch.device | str | None = None,
+    working_bytes: int | None = None,
 ) -> LinearSVM:
-    """Fit a linear SVM with squared hinge loss to each layer.
+    """Fit a linear SVM to each layer.
 
-    Minimises liblinear's L2-regularised L2-loss objective, the intercept being the weight of a constant feature 1
-    and regularised with the rest (as scikit-learn's ``LinearSVC`` does):
-    ``(|w_l|^2 + b_l^2) / 2 + C sum_i weight_i max(0, 1 - y_i (w_l . x_il + b_l))^2``
-    (Fan et al. 2008; Newton's method on it: Keerthi and DeCoste 2005, through the Gram matrix: Chapelle 2007).
+    Minimises liblinear's L2-regularised objective, the intercept being the weight of a constant feature
+    ``intercept_scaling``, regularised with the rest (as scikit-learn's ``LinearSVC`` does):
+    ``(|w_l|^2 + (b_l / intercept_scaling)^2) / 2 + C sum_i weight_i loss(1 - y_i (w_l . x_il + b_l))`` with
+    ``loss(s) = max(0, s)`` or its square (Fan et al. 2008). The squared hinge is solved by Newton's method (Keerthi
+    and DeCoste 2005; Chapelle 2007), the hinge by an interior point on its dual: n x n systems through the Gram matrix
+    where rows are fewer than features, D x D ones where not, conjugate gradients where neither fits the budget.
 
     Args:
-        features: [n, L, D], any floating dtype; solved in float64 on its device.
+        features: [n, L, D], any floating dtype; may be mapped from a file, and is read block by block into float64.
         labels: [n], -1 or +1.
-        C: weight of the loss; of several, each layer takes that of best held-out accuracy, the smallest in a tie.
+        C: weight of the loss; of several, each layer takes that of best held-out accuracy, the smallest in a tie. They
+            are solved in ascending order, each from the solution of the one before.
+        loss: "squared_hinge" or "hinge".
         fit_intercept: whether b is there at all.
+        intercept_scaling: the constant feature; the larger, the less b is regularised.
         tol: a layer has converged when its duality gap is at most ``tol`` times its objective.
-        max_iter: Newton steps at most.
+        max_iter: steps at most, for each C.
         sample_weight: [n], not negative; default 1.
-        groups: with several C, rows of one group stay in one fold; default each row its own.
+        groups: with several C, rows of one group (the sides of a pair, the answers to a prompt) stay in one fold;
+            default each row its own.
         folds: number of folds, with several C.
         seed: which rows share a fold, with several C.
+        device: where to solve and to leave the result; default the features'.
+        working_bytes: most memory allocated beside the result, default 256 MiB on a CPU and an eighth of a GPU; one
+            problem's vectors and one row are held in any case.
 
     Raises:
         UserError: shapes that do not fit, a feature that is not finite (its row and layer are named), labels other
-            than -1 and +1 or of one class only, ``C`` or ``tol`` not positive, negative weights.
+            than -1 and +1 or of one class only, ``C``, ``tol`` or ``intercept_scaling`` not positive, another loss,
+            negative weights.
+
+    Warns:
+        RuntimeWarning: layers have not converged after ``max_iter`` steps; how far is said.
     """
-    grid = _check(features, labels, C, tol, sample_weight)
-    y_N = labels.to(features.device, torch.float64)
+    grid = _check(features, labels, C, loss, tol, intercept_scaling, sample_weight)
+    device = torch.device(device) if device is not None else features.device
+    y_N = labels.to(device, torch.float64)
     weight_N = torch.ones_like(y_N) if sample_weight is None else sample_weight.to(y_N)
-    bias = 1.0 if fit_intercept else 0.0
-    options = {"tol": tol, "max_iter": max_iter}
-    bounds = _layer_chunks(features)
-    if len(grid) == 1:
-        C_L = torch.full((features.shape[1],), grid[0], dtype=torch.float64, device=features.device)
-    else:
-        split = grouped_folds(groups if groups is not None else range(len(y_N)), folds, seed)
-        C_L = torch.cat([_choose_cost(features[:, a:b], y_N, weight_N, grid, split, bias, options) for a, b in bounds])
-    solved = [_solve(features[:, a:b], y_N, weight_N, C_L[a:b], bias, options) for a, b in bounds]
-    coef, intercept, objective, converged = (torch.cat(part) for part in zip(*(s[:4] for s in solved), strict=True))
-    if not converged.all():
-        late = (~converged).nonzero().flatten().tolist()
-        warnings.warn(
-            f"linear SVM: layers {late} have not converged after {max_iter} steps; scale the features or lower C",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return LinearSVM(coef, intercept, objective, max(s[4] for s in solved), converged, C_L)
-
-
-class _Problem(Protocol):
-    """Where the weights of a batch of layers live: the unknowns z, their scores on the rows, their metric."""
-
-    def start(self) -> Tensor: ...
-
-    def scores(self, z: Tensor) -> Tensor: ...
-
-    def norm2(self, z: Tensor, scores_LN: Tensor) -> Tensor: ...
-
-    def gap(self, z: Tensor, pull_LN: Tensor) -> Tensor: ...
-
-    def newton_point(self, root_LN: Tensor, y_N: Tensor) -> Tensor: ...
-
-
-class _Gram:
-    """``w = X^T z``: unknowns and systems of the size of the rows."""
-
-    def __init__(self, features: Tensor, bias: float) -> None:
-        self.K_LNN = torch.stack([(x := features[:, layer].double()) @ x.T for layer in range(features.shape[1])])
-        self.K_LNN += bias
-
-    def start(self) -> Tensor:
-        return self.K_LNN.new_zeros(self.K_LNN.shape[:2])
-
-    def scores(self, z: Tensor) -> Tensor:
-        return torch.einsum("lnm,lm->ln", self.K_LNN, z)
-
-    def norm2(self, z: Tensor, scores_LN: Tensor) -> Tensor:
-        return (z * scores_LN).sum(1)
-
-    def gap(self, z: Tensor, pull_LN: Tensor) -> Tensor:
-        residual = z - pull_LN
-        return self.norm2(residual, self.scores(residual)) / 2
-
-    def newton_point(self, root_LN: Tensor, y_N: Tensor) -> Tensor:
-        system = self.K_LNN * root_LN[:, :, None] * root_LN[:, None, :]
-        system.diagonal(dim1=1, dim2=2).add_(1)
-        return root_LN * _cholesky_solve(system, root_LN * y_N)
-
-
-class _Primal:
-    """``z = (w, b)``: unknowns and systems of the size of the features."""
-
-    def __init__(self, features: Tensor, bias: float) -> None:
-        x_LND = features.double().transpose(0, 1)
-        self.x_LNM = torch.cat([x_LND, x_LND.new_full((*x_LND.shape[:2], 1), bias)], dim=2)
-
-    def start(self) -> Tensor:
-        return self.x_LNM.new_zeros(self.x_LNM.shape[0], self.x_LNM.shape[2])
-
-    def scores(self, z: Tensor) -> Tensor:
-        return torch.einsum("lnm,lm->ln", self.x_LNM, z)
-
-    def norm2(self, z: Tensor, scores_LN: Tensor) -> Tensor:
-        return z.square().sum(1)
-
-    def gap(self, z: Tensor, pull_LN: Tensor) -> Tensor:
-        return (z - torch.einsum("lnm,ln->lm", self.x_LNM, pull_LN)).square().sum(1) / 2
-
-    def newton_point(self, root_LN: Tensor, y_N: Tensor) -> Tensor:
-        scaled = self.x_LNM * root_LN[:, :, None]
-        system = scaled.mT @ scaled
-        system.diagonal(dim1=1, dim2=2).add_(1)
-        return _cholesky_solve(system, torch.einsum("lnm,ln->lm", scaled, root_LN * y_N))
-
-
-def _solve(
-    features: Tensor, y_N: Tensor, weight_N: Tensor, C_L: Tensor, bias: float, options: dict
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Coefficients, intercepts, objectives, convergence flags and steps of a few layers."""
-    n, _, D = features.shape
-    problem: _Problem = _Gram(features, bias) if n < D else _Primal(features, bias)
-    z, objective, converged, steps = _newton(problem, y_N, C_L[:, None] * weight_N, problem.start(), **options)
-    if n < D:
-        coef = torch.stack([features[:, i].double().T @ z_N for i, z_N in enumerate(z)])
-        intercept = bias * z.sum(1)
-    else:
-        coef, intercept = z[:, :-1], bias * z[:, -1]
-    return coef.to(features.dtype), intercept.to(features.dtype), objective, converged, steps
-
-
-def _newton(
-    problem: _Problem, y_N: Tensor, cost_LN: Tensor, z: Tensor, *, tol: float, max_iter: int
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Newton's method with backtracking: the objective is piecewise quadratic, so it ends after finitely many steps.
-
-    With the dual point alpha = 2 cost slack read off the slacks, the duality gap is half the squared gradient.
-    """
-    f_LN = problem.scores(z)
-    for step in range(max_iter + 1):
-        slack_LN = (1 - y_N * f_LN).clamp(min=0)
-        objective = problem.norm2(z, f_LN) / 2 + (cost_LN * slack_LN.square()).sum(1)
-        converged = problem.gap(z, 2 * cost_LN * y_N * slack_LN) <= tol * objective
-        if step == max_iter or converged.all():
-            break
-        root_LN = (2 * cost_LN * (slack_LN > 0)).sqrt()
-        move = problem.newton_point(root_LN, y_N) - z
-        move_f_LN = problem.scores(move)
-        slope = -problem.norm2(move, move_f_LN) - (root_LN * move_f_LN).square().sum(1)
-        size = torch.where(converged, 0.0, 1.0).to(y_N)
-        for _ in range(_HALVINGS):
-            trial_f_LN = f_LN + size[:, None] * move_f_LN
-            trial_z = z + size[:, None] * move
-            trial = problem.norm2(trial_z, trial_f_LN) / 2
-            trial += (cost_LN * (1 - y_N * trial_f_LN).clamp(min=0).square()).sum(1)
-            worse = trial > objective + _ARMIJO * size * slope
-            if not worse.any():
-                break
-            size = torch.where(worse, size / 2, size)
-        z, f_LN = trial_z, trial_f_LN
-    return z, objective, converged, step
-
-
-def _choose_cost(
-    features: Tensor,
-    y_N: Tensor,
-    weight_N: Tensor,
-    grid: list[float],
-    split: list[Tensor],
-    bias: float,
-    options: dict,
-) -> Tensor:
-    """The C of the grid with the best held-out accuracy, layer by layer; the smallest in a tie."""
-    hits = torch.zeros(len(grid), features.shape[1], dtype=torch.float64, device=features.device)
-    rows = torch.arange(len(y_N))
-    for fold in split:
-        kept, held = rows[~torch.isin(rows, fold)].to(features.device), fold.to(features.device)
-        if y_N[kept].unique().numel() < 2:
-            raise UserError("linear SVM: a fold's other rows hold one class only; use fewer folds or one C")
-        for i, c in enumerate(grid):
-            C_L = torch.full((features.shape[1],), c, dtype=torch.float64, device=features.device)
-            coef, intercept, *_ = _solve(features[kept], y_N[kept], weight_N[kept], C_L, bias, options)
-            score = torch.einsum("nld,ld->nl", features[held].double(), coef.double()) + intercept
-            hits[i] += (weight_N[held, None] * (score * y_N[held, None] > 0)).sum(0)
-    return torch.tensor(grid, dtype=torch.float64, device=features.device)[hits.argmax(0)]
-
-
-def _cholesky_solve(system: Tensor, right: Tensor) -> Tensor:
-    factor, _ = torch.linalg.cholesky_ex(system)
-    return torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
-
-
-def _layer_chunks(features: Tensor) -> list[tuple[int, int]]:
+    weight_PN = weight_N[None]
+    if len(grid) > 1:
+        weight_PN = _leave_folds_out(y_N, weight_N, grouped_folds(groups or range(len(y_N)), folds, seed))
     n, L, D = features.shape
-    each = 8 * (n * D + 3 * min(n, D + 1) ** 2 + (n * D if n >= D else 0))
-    size = max(1, min(L, _WORKING_BYTES // each))
-    return [(a, min(a + size, L)) for a in range(0, L, size)]
+    cut = plan(n, L, D + fit_intercept, len(weight_PN), working_bytes or _default_bytes(device))
+    bias = intercept_scaling if fit_intercept else 0.0
+    options = _Options(loss == "hinge", tol, max_iter)
+    parts = [
+        _fit_layers(features[:, a : a + cut.layers], y_N, weight_PN, grid, bias, cut, options)
+        for a in range(0, L, cut.layers)
+    ]
+    coef, intercept, objective, gap, C_L, fold_gap_L = (
+        torch.cat(part) for part in zip(*(part[:6] for part in parts), strict=True)
+    )
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    steps = max(part[6] for part in parts)
+    fitted = LinearSVM(coef.to(dtype), intercept.to(dtype), objective, steps, gap <= tol, C_L, gap)
+    _warn_unless_converged(fitted, fold_gap_L, options)
+    return fitted
+
+
+def _fit_layers(
+    features: Tensor, y_N: Tensor, weight_PN: Tensor, grid: list[float], bias: float, cut: Plan, options: _Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """Of each layer coefficients, intercept, objective, relative gap, C, folds' gap; steps of the slowest problem.
+
+    The first row of weights is the fit itself, each other leaves a fold out by weight 0; all share their layer's
+    matrix and are solved side by side.
+    """
+    n, layers, _ = features.shape
+    form = make_form(features, bias, y_N.device, cut)
+    hits_GL = y_N.new_zeros(len(grid), layers)
+    fold_gap_L, fits, steps = y_N.new_zeros(layers), [], 0
+    for first in range(0, len(weight_PN), cut.problems):
+        weight_KN = weight_PN[first : first + cut.problems]
+        k = len(weight_KN)
+        layer_B = torch.arange(layers, device=y_N.device).repeat_interleave(k)
+        solution = Solution.zero(form, layers * k, y_N)
+        for g, cost in enumerate(grid):
+            steps = max(steps, _solve(form, y_N, cost * weight_KN.repeat(layers, 1), layer_B, solution, options))
+            gap_LK = (solution.gap / solution.objective).view(layers, k)
+            if not first:
+                fits.append((solution.z[::k].clone(), solution.objective[::k].clone(), gap_LK[:, 0]))
+            held_KN = weight_PN[:1] - weight_KN
+            right_LKN = solution.scores.view(layers, k, n) * y_N > 0
+            hits_GL[g] += (right_LKN * held_KN).sum((1, 2))
+            fold_gap_L = fold_gap_L.maximum(gap_LK.amax(1))
+    best_L = hits_GL.argmax(0)
+    every_L = torch.arange(layers, device=best_L.device)
+    z, objective, gap = (torch.stack(part)[best_L, every_L] for part in zip(*fits, strict=True))
+    C_L = torch.tensor(grid, dtype=torch.float64, device=y_N.device)[best_L]
+    return *form.weights(z), objective, gap, C_L, fold_gap_L, steps
+
+
+def _solve(form: Form, y_N: Tensor, cost_BN: Tensor, layer_B: Tensor, solution: Solution, options: _Options) -> int:
+    """Solve every problem from where ``solution`` stands, those that one method leaves open by another.
+
+    Newton's method is the fastest on the squared hinge until costs are so large that every step meets a bend; the
+    interior point does not mind, but forms its systems from numbers of ever wider range, which few rows' features bear
+    badly.
+
+    Returns:
+        The steps of the slowest problem.
+    """
+    hinge, tol, max_iter = options
+    methods: list[tuple[Callable[..., int], int]] = [(newton, max_iter)]
+    if form.direct:
+        methods = [(newton, _NEWTON_STEPS), (interior_point, max_iter)]
+        if hinge:
+            methods = [(interior_point, _INTERIOR_STEPS), (newton, max_iter)]
+    at, steps = torch.arange(len(cost_BN), device=cost_BN.device), 0
+    for method, limit in methods:
+        most = min(limit, max_iter - steps)
+        steps += method(form, y_N, cost_BN, layer_B, solution, at, hinge=hinge, tol=tol, max_iter=most)
+        at = at[~(solution.gap <= tol * solution.objective)[at]]
+        if steps == max_iter or not len(at):
+            break
+        solution.restart(at)
+    return steps
+
+
+def _leave_folds_out(y_N: Tensor, weight_N: Tensor, split: list[Tensor]) -> Tensor:
+    """The weights, then for each fold the weights without it, [1 + F, n]."""
+    weight_PN = weight_N.repeat(1 + len(split), 1)
+    for kept_N, fold in zip(weight_PN[1:], split, strict=True):
+        kept_N[fold.to(y_N.device)] = 0
+        if y_N[kept_N > 0].unique().numel() < 2:
+            raise UserError("linear SVM: a fold's other rows hold one class only; use fewer folds or one C")
+    return weight_PN
+
+
+def _warn_unless_converged(fitted: LinearSVM, fold_gap_L: Tensor, options: _Options) -> None:
+    """Say how far layers are from the tolerance: those fitted, and those met on the way to their C."""
+    chosen = fitted.gap.max().item()
+    if not chosen <= options.tol:
+        late = (~fitted.converged).nonzero().flatten().tolist()
+        what = f"layers {late}"
+    elif not (chosen := fold_gap_L.max().item()) <= options.tol:
+        what = f"cross-validation fits of layers {(~(fold_gap_L <= options.tol)).nonzero().flatten().tolist()}"
+    else:
+        return
+    warnings.warn(
+        f"linear SVM: {what} have not converged after {options.max_iter} steps: the duality gap is up to {chosen:.1e} "
+        f"of the objective, tol is {options.tol:.1e}; scale the features, lower C or raise max_iter",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _default_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _CPU_WORKING_BYTES
+    return torch.cuda.get_device_properties(device).total_memory // _CUDA_MEMORY_SHARE
 
 
 def _check(
-    features: Tensor, labels: Tensor, C: float | Sequence[float], tol: float, sample_weight: Tensor | None
+    features: Tensor,
+    labels: Tensor,
+    C: float | Sequence[float],
+    loss: str,
+    tol: float,
+    intercept_scaling: float,
+    sample_weight: Tensor | None,
 ) -> list[float]:
     """Refuse what cannot be solved; the grid of C, ascending."""
     if features.dim() != 3 or 0 in features.shape or not features.is_floating_point():
@@ -249,8 +233,11 @@ def _check(
     grid = sorted({float(c) for c in (C if isinstance(C, Sequence) else [C])})
     if not grid or not all(c > 0 and math.isfinite(c) for c in grid):
         raise UserError(f"linear SVM: C must be positive and finite, not {C}")
-    if not tol > 0:
-        raise UserError(f"linear SVM: tol must be positive, not {tol}")
+    if loss not in ("squared_hinge", "hinge"):
+        raise UserError(f"linear SVM: loss must be squared_hinge or hinge, not {loss!r}")
+    for name, value in (("tol", tol), ("intercept_scaling", intercept_scaling)):
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"linear SVM: {name} must be positive and finite, not {value}")
     check_finite(features, "linear SVM: features")
     classes = labels.unique().tolist()
     if not set(classes) <= {-1, 1}:
@@ -271,7 +258,12 @@ def check_finite(states: Tensor, what: str) -> None:
     Raises:
         UserError: a NaN or an infinity.
     """
-    bad = (~states.isfinite()).any(-1).nonzero()
-    if len(bad):
-        row, layer = bad[0].tolist()
+    height = max(1, _CHECKED_BYTES // max(1, states[:1].numel()))
+    bad: list[list[int]] = []
+    for first in range(0, len(states), height):
+        rows = states[first : first + height]
+        if rows.numel() and not all(end.isfinite() for end in rows.aminmax()):
+            bad += [[first + row, layer] for row, layer in (~rows.isfinite()).any(-1).nonzero().tolist()]
+    if bad:
+        row, layer = bad[0]
         raise UserError(f"{what}: not finite at row {row}, layer {layer} ({len(bad)} such rows and layers in all)")
