@@ -150,9 +150,9 @@ def _probe_reward_fwd_kernel(
             token = tl.load(index_ptr + b * index_stride).to(tl.int64)
         valid = (token >= 0) & (token < T)
         row = base + (b * sequence_stride + tl.where(valid, token, 0) * token_stride) * (DTYPE.primitive_bitwidth // 8)
-        if ALIGNED:
-            row = tl.multiple_of(row, 16)
         row_ptr = row.to(tl.pointer_type(DTYPE))
+        if ALIGNED:
+            row_ptr = tl.multiple_of(row_ptr, 16)
 
         readable = tl.where(valid, D, 0)
         score = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -405,12 +405,12 @@ def _probe_reward_bwd_kernel(
             row = base + (b * sequence_stride + tl.where(valid, token, 0) * token_stride) * (
                 DTYPE.primitive_bitwidth // 8
             )
-            if ALIGNED:
-                row = tl.multiple_of(row, 16)
             dh = d[:, None] * w[None, :]
             if GATE == _SOFTMAX:
                 dh += dz[:, None] * v[None, :]
             row_ptr = row.to(tl.pointer_type(DTYPE))
+            if ALIGNED:
+                row_ptr = tl.multiple_of(row_ptr, 16)
             tl.store(row_ptr[:, None] + d_at[None, :], dh.to(DTYPE), mask=valid[:, None] & inside[None, :])
 
     tl.store(grad_probe_ptr + layer * D + d_at, grad_probe, mask=d_at < D * needs_probe)
