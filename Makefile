@@ -13,7 +13,8 @@ demo: $(READY) ## the whole method on the embedded sandbox world: report and tab
 	$(BIN)/reprdpo demo
 
 test: $(READY) ## every test but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not interpreter"
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m "interpreter and not slow"
 	test ! -d build/native || $(BIN)/ctest --test-dir build/native --output-on-failure
 
 test-slow: $(READY) ## the tests that take minutes

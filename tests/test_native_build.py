@@ -37,7 +37,7 @@ def test_a_lower_instruction_set_gives_the_same_reward(capability):
     torch.manual_seed(0)
     h, w, v = torch.randn(2, 3, 37).half(), *torch.randn(2, 3, 37)
     here = torch.ops.reprdpo_native.probe_reward(
-        [h], None, w, w[:, 0].contiguous(), v, v[:, 0].contiguous(), "softmax", False
+        [h], None, w, w[:, 0].contiguous(), v, v[:, 0].contiguous(), "softmax", False, None, False, None, False
     )
     assert used in ("portable", capability)
     torch.testing.assert_close(torch.tensor([float(r) for r in rewards]), here[0], rtol=1e-5, atol=1e-5)
@@ -47,7 +47,7 @@ def test_a_lower_instruction_set_gives_the_same_reward(capability):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({0: [torch.zeros(2, 5, 4)] * 2 + [torch.zeros(2, 5, 3)]}, "one dtype and one shape"),
+        ({0: [torch.zeros(2, 5, 4)] * 2 + [torch.zeros(2, 5, 3)]}, "one device, one dtype and one shape"),
         ({0: [torch.zeros(2, 5, 4).double()] * 3}, "float32, bfloat16 or float16"),
         ({0: []}, "at least one layer"),
         ({1: torch.zeros(3, dtype=torch.int64)}, "index"),
@@ -62,7 +62,7 @@ def test_a_lower_instruction_set_gives_the_same_reward(capability):
 def test_native_op_reads_no_memory_that_is_not_there(changes, words):
     index = torch.zeros(2, dtype=torch.int64)
     arguments = [[torch.zeros(2, 5, 4)] * 3, index, *torch.zeros(1, 3, 4), torch.zeros(3), torch.zeros(3, 4)]
-    arguments += [torch.zeros(3), "softmax", True]
+    arguments += [torch.zeros(3), "softmax", True, 7.5, False, None, False]
     for place, value in changes.items():
         arguments[place] = value
     with pytest.raises(RuntimeError, match=words):

@@ -19,12 +19,14 @@ inline void check_shape(const char* name, const torch::stable::Tensor& tensor,
                   " has not the shape it must have");
 }
 
-// A contiguous CPU tensor of this dtype and shape.
+// A contiguous tensor of this dtype and shape, on the CPU or on a CUDA device.
 inline void check_dense(const char* name, const torch::stable::Tensor& tensor,
-                        torch::headeronly::ScalarType dtype, std::initializer_list<int64_t> shape) {
+                        torch::headeronly::ScalarType dtype, std::initializer_list<int64_t> shape,
+                        bool on_cuda = false) {
   check_shape(name, tensor, shape);
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == dtype, name,
-                  " must be a contiguous CPU tensor of the dtype that the op takes");
+  STD_TORCH_CHECK((on_cuda ? tensor.is_cuda() : tensor.is_cpu()) && tensor.is_contiguous() &&
+                      tensor.scalar_type() == dtype,
+                  name, " must be a contiguous tensor of the dtype and device that the op takes");
 }
 
 }  // namespace reprdpo

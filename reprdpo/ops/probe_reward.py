@@ -131,7 +131,9 @@ def _probe_reward(
     dtype = reference.compute_dtype(hidden_states[0], probe_weight)
     if select("probe_reward", probe_weight, dtype=dtype) == "native":
         parameters = (_float_rows(x) for x in (probe_weight, probe_bias, gate_weight, gate_bias))
-        return torch.ops.reprdpo_native.probe_reward(hidden_states, index, *parameters, gate, save_pooled)
+        return torch.ops.reprdpo_native.probe_reward(
+            hidden_states, index, *parameters, gate, save_pooled, None, False, None, False
+        )[:4]
     pooled = hidden_states[0] if index is None else reference.pool_last_token(hidden_states, index)
     results = reference.probe_reward(pooled, probe_weight, probe_bias, gate_weight, gate_bias, gate)
     return (*results, pooled if save_pooled else pooled.new_empty(0))
