@@ -17,6 +17,7 @@ BACKENDS = [
     pytest.param("native", marks=pytest.mark.skipif(not native.loaded(), reason=f"native: {native.status()}")),
 ]
 OP = torch.ops.reprdpo.probe_reward.default
+NONE = (None, False, None, False)  # no confidence asked
 
 
 @pytest.fixture(params=BACKENDS)
@@ -147,8 +148,8 @@ def test_gradients_of_low_precision_states_come_in_their_dtype(backend):
 def test_no_work_for_an_input_that_asks_no_gradient(backend, gate):
     hidden, index = make_hidden(), torch.tensor([4, 0, 2, 1])
     parameters = make_parameters(gate, 3, 6)
-    assert OP(hidden, index, *parameters, gate, False)[3].numel() == 0
-    assert OP(hidden, index, *parameters, gate, True)[3].shape == (4, 3, 6)
+    assert OP(hidden, index, *parameters, gate, False, *NONE)[3].numel() == 0
+    assert OP(hidden, index, *parameters, gate, True, *NONE)[3].shape == (4, 3, 6)
     scores, layer_gate = torch.randn(4, 3), torch.rand(4, 3)
     for asks in itertools.product([False, True], repeat=5):
         pooled = torch.randn(4, 3, 6)
@@ -170,7 +171,7 @@ def test_opcheck(backend, gate, form):
     layers = [states] if isinstance(states, torch.Tensor) else states
     layers = [h.detach().requires_grad_() for h in layers]
     parameters = make_parameters(gate, 2, 6, requires_grad=True)
-    opcheck(OP, (layers, index, *parameters, gate, index is not None))
+    opcheck(OP, (layers, index, *parameters, gate, index is not None, *NONE))
 
 
 @pytest.mark.parametrize("gate", GATES)
