@@ -213,7 +213,12 @@ def _check_parameters(
 declare("probe_reward", cpu=("native",), cuda=("native", "triton"))
 
 
+def _backend(layers: Sequence[Tensor], parameters: Parameters) -> str:
+    return select("probe_reward", parameters[0], dtype=reference.compute_dtype(layers[0], parameters[0]))
+
+
 def _forward(
+    backend: str,
     layers: Sequence[Tensor],
     index: Tensor | None,
     parameters: Parameters,
@@ -222,8 +227,6 @@ def _forward(
     options: ConfidenceOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """reward, layer_scores, layer_gate, pooled (or empty) and confidence (or empty) from the backend that serves."""
-    dtype = reference.compute_dtype(layers[0], parameters[0])
-    backend = select("probe_reward", parameters[0], dtype=dtype)
     if backend == "native":
         dense = index if index is None else index.contiguous()
         floats = [_float_rows(parameter) for parameter in parameters]
@@ -296,7 +299,9 @@ def _probe_reward(
     reduce_batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     parameters = (probe_weight, probe_bias, gate_weight, gate_bias)
-    return _forward(hidden_states, index, parameters, gate, save_pooled, (alpha, squash, floor, reduce_batch))
+    options = (alpha, squash, floor, reduce_batch)
+    backend = _backend(hidden_states, parameters)
+    return _forward(backend, hidden_states, index, parameters, gate, save_pooled, options)
 
 
 @_probe_reward.register_fake
@@ -429,7 +434,7 @@ def _run_eagerly(
 ) -> Results:
     arguments = (hidden_states, index, parameters, gate, options)
     layers = [hidden_states] if isinstance(hidden_states, Tensor) else hidden_states
-    _check_once(layers, *arguments)
+    backend = _check_once(layers, *arguments)
     if index is not None and index.dtype != torch.int64:
         index = index.long()
     asks = hidden_asks = False
@@ -438,10 +443,10 @@ def _run_eagerly(
         asks = hidden_asks or any([parameter is not None and parameter.requires_grad for parameter in parameters])
     try:
         if hidden_asks:
-            return _ProbeReward.apply(None, index, *parameters, gate, options, *layers)
+            return _ProbeReward.apply(None, index, *parameters, gate, options, backend, *layers)
         if asks:
-            return _ProbeReward.apply(layers, index, *parameters, gate, options)
-        reward, scores, layer_gate, _, confidence = _forward(layers, index, parameters, gate, False, options)
+            return _ProbeReward.apply(layers, index, *parameters, gate, options, backend)
+        reward, scores, layer_gate, _, confidence = _forward(backend, layers, index, parameters, gate, False, options)
         return reward, scores, layer_gate, confidence
     except RuntimeError:
         _check(*arguments)  # what the native op refuses, in the user's words
@@ -455,24 +460,26 @@ def _check_once(
     parameters: Parameters,
     gate: str,
     options: ConfidenceOptions,
-) -> None:
-    """The checks, but for arguments that look to them like earlier ones."""
+) -> str:
+    """The backend that serves, after the checks; arguments that look to them like earlier ones are not checked again."""
     first, n = layers[0], len(layers)
     key = (
         n if hidden_states is layers else None, first.shape, first.dtype, first.device, gate, options[0] is None,
         *[None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in (index, *parameters)],
     )  # fmt: skip
-    if key in _accepted and [layer.get_device() for layer in layers].count(first.get_device()) == n:
-        # Whether shapes and dtypes are one, the native op looks itself, faster.
-        if first.dtype != torch.float64 and select("probe_reward", parameters[0]) == "native":
-            return
-        if [layer.shape for layer in layers].count(first.shape) == n:
-            if [layer.dtype for layer in layers].count(first.dtype) == n:
-                return
+    if key in _accepted:
+        backend = _backend(layers, parameters)
+        # Whether the layers are alike the native op looks itself, faster; but one GPU is to it as good as another.
+        if backend == "native" and (first.is_cpu or [layer.device for layer in layers].count(first.device) == n):
+            return backend
+        seen = (first.shape, first.dtype, first.device)
+        if all([(layer.shape, layer.dtype, layer.device) == seen for layer in layers]):
+            return backend
     _check(hidden_states, index, parameters, gate, options)
     if len(_accepted) >= _MAX_ACCEPTED:
         _accepted.clear()
     _accepted.add(key)
+    return _backend(layers, parameters)
 
 
 class _ProbeReward(torch.autograd.Function):
@@ -489,12 +496,15 @@ class _ProbeReward(torch.autograd.Function):
         gate_bias: Tensor,
         gate: str,
         options: ConfidenceOptions,
+        backend: str,
         *asking_layers: Tensor,
     ) -> Results:
         layers = asking_layers if layers is None else layers
         parameters = (probe_weight, probe_bias, gate_weight, gate_bias)
         save_pooled = index is not None and _row_weight_asks(parameters, gate)
-        reward, scores, layer_gate, pooled, confidence = _forward(layers, index, parameters, gate, save_pooled, options)
+        reward, scores, layer_gate, pooled, confidence = _forward(
+            backend, layers, index, parameters, gate, save_pooled, options
+        )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(confidence)
         rows = layers[0] if index is None else pooled if save_pooled else None
@@ -514,4 +524,4 @@ class _ProbeReward(torch.autograd.Function):
         else:
             hidden, *grads = torch.ops.reprdpo.probe_reward_backward(*upstream[:3], *arguments)
         asked = [grad if need else None for grad, need in zip(grads, needs[1:], strict=True)]
-        return (None, None, *asked, None, None, *hidden)
+        return (None, None, *asked, None, None, None, *hidden)

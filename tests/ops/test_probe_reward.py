@@ -15,6 +15,7 @@ GATES = ("softmax", "static", "vote")
 BACKENDS = [
     "reference",
     pytest.param("native", marks=pytest.mark.skipif(not native.loaded(), reason=f"native: {native.status()}")),
+    pytest.param("triton", marks=pytest.mark.interpreter),
 ]
 OP = torch.ops.reprdpo.probe_reward.default
 NONE = (None, False, None, False)  # no confidence asked
