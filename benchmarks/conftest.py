@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Generator, Iterator
@@ -27,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "machine_info": machine_info(),
         "commit_info": commit_info(),
         "datetime": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "pytest " + " ".join(str(argument) for argument in config.invocation_params.args),
+        "command": shlex.join(["pytest", *map(_without_folder, map(str, config.invocation_params.args))]),
         "complete": False,
         "rows": [],
     }
@@ -71,6 +72,8 @@ def rows_of(item: pytest.Item, benchmark: Any, report: pytest.TestReport) -> lis
         return [row | {"status": "red", "reason": reason.strip()}]
     if "counted" in row:
         return [row | {"status": "counted", "reason": row["counted"]}]
+    if "p50_s" not in row:
+        return [row | {"status": "skipped", "reason": "measured nothing"}]
     if graph is None:
         return [row]
     status = "skipped" if "reason" in graph else "measured"
@@ -104,6 +107,10 @@ def commit_info() -> dict[str, Any]:
 def _save(config: pytest.Config) -> None:
     if path := config.getoption("benchmark_json", None):
         write(config.stash[_RESULT], Path(path))
+
+
+def _without_folder(argument: str) -> str:
+    return Path(argument).name if os.path.isabs(argument) else argument
 
 
 def _output(*command: str) -> str | None:

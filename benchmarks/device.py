@@ -12,6 +12,8 @@ import torch
 # A batch of calls between two events is at least this long, so that the events' own cost does not show.
 BATCH_SECONDS = 1e-3
 MIN_ROUNDS, MAX_ROUNDS = 5, 1000
+# What the profiler itself puts beside the kernels.
+_NO_LAUNCH = ("Activity Buffer Request", "Context Sync", "Event Sync", "Stream Sync")
 
 
 def synchronise(device: str) -> None:
@@ -97,14 +99,18 @@ def host_seconds(call: Callable[[], Any], device: str) -> float:
     return statistics.median(times)
 
 
-def launches(call: Callable[[], Any], device: str) -> int:
-    """Kernels, copies and fills that one call puts on a CUDA device, counted by the profiler."""
+def launches(call: Callable[[], Any], device: str) -> int | None:
+    """Kernels, copies and fills that one call puts on a CUDA device, counted by the profiler; None where it cannot."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        call()
-        synchronise(device)
+    try:
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            synchronise(device)
+    except RuntimeError:
+        return None
     events: Any = profile.events()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation for event in events)
+    on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.is_user_annotation and event.name not in _NO_LAUNCH for event in on_device) or None
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
@@ -146,10 +152,10 @@ def copy_bandwidth(device: str) -> float:
 
 
 def _median_seconds(call: Callable[[], Any], device: str) -> float:
-    call()
+    once = seconds(call, device)
     if device != "cpu":
         return statistics.median(event_seconds(call, device, budget=0.1))
-    return statistics.median(seconds(call, device) for _ in range(3 if seconds(call, device) > 0.1 else 9))
+    return statistics.median(seconds(call, device) for _ in range(3 if once > 0.1 else 9))
 
 
 def _random(rows: int, columns: int, dtype: torch.dtype, device: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ A wrong result is never timed: `measure` compares with the float64 oracle first 
 import importlib
 import itertools
 import math
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,8 @@ from benchmarks.device import (
     seconds,
 )
 
+# What benchmarks choose their shapes and device by; hide the GPU (CUDA_VISIBLE_DEVICES=) to measure the CPU beside it.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECONDS = 1.0
 MAX_COPIES = 64
 
@@ -111,6 +114,7 @@ def measure(
         headline: the README's table in which the row's group stands.
     """
     torch.set_float32_matmul_precision("highest")  # no TF32, whatever a peer has set
+    _forget_other_oracles(oracle_key)
     benchmark.extra_info.update(
         {
             "implementation": implementation or str((benchmark.params or {}).get("implementation", benchmark.name)),
@@ -195,9 +199,9 @@ def _timed(
     def call() -> None:
         run(*next(rotation))
 
-    once = min(seconds(call, device) for _ in range(2))
-    rounds = rounds_for(once, SECONDS) if device == "cpu" else 5
-    benchmark.pedantic(lambda: seconds(call, device), rounds=rounds, warmup_rounds=1)
+    once = seconds(call, device)
+    rounds = rounds_for(min(once, seconds(call, device)), SECONDS) if device == "cpu" else 5
+    benchmark.pedantic(lambda: seconds(call, device), rounds=rounds, warmup_rounds=0)
     wall = list(benchmark.stats.stats.data) if benchmark.stats else [once]
     common = {"peak_bytes": extra_bytes, "copies": copies}
     if device == "cpu":
@@ -220,11 +224,19 @@ def _quantiles(times: list[float]) -> dict[str, Any]:
 _last_exact: tuple[Hashable, Sequence[Tensor]] | None = None
 
 
-def _exact(oracle: Callable[..., Any], inputs: Sequence[Any], key: Hashable) -> Sequence[Tensor]:
-    """The oracle's result; only the last one is kept, as one of V = 128256 holds gigabytes."""
+def _forget_other_oracles(key: Hashable) -> None:
+    """Only the last result is kept, as one of V = 128256 holds gigabytes."""
     global _last_exact
     if key is None or _last_exact is None or _last_exact[0] != key:
         _last_exact = None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _exact(oracle: Callable[..., Any], inputs: Sequence[Any], key: Hashable) -> Sequence[Tensor]:
+    """The oracle's result, or the one kept for ``key``."""
+    global _last_exact
+    if _last_exact is None:
         _last_exact = (key, [result.detach().double() for result in _tensors(oracle(*inputs))])
     return _last_exact[1]
 
@@ -238,7 +250,9 @@ def _tensors(result: Any) -> Sequence[Tensor]:
 
 
 def _first_line(failure: Exception) -> str:
-    return (str(failure).strip().splitlines() or [type(failure).__name__])[0][:200]
+    """What went wrong, without the folders of this machine that an ImportError names."""
+    line = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
+    return re.sub(r" \(/[^)]*\)", "", line)[:200]
 
 
 def _nbytes(value: Any) -> int:

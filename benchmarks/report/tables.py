@@ -28,6 +28,11 @@ class Table:
         return f"<h3>{html.escape(self.title)}</h3>\n<table>\n{line(self.header, 'th')}\n{body}\n</table>"
 
 
+def number(value: float) -> str:
+    """Three significant digits: 0.0123, 1610, 3.2e+07."""
+    return f"{float(f'{value:.3g}'):g}"
+
+
 def group_tables(result: Result) -> list[Table]:
     """Every row, one table a group, fastest first; what was not measured says why."""
     return [_group_table(name, rows) for name, rows in groups(result).items()]
@@ -43,19 +48,19 @@ def _group_table(name: str, rows: list[Row]) -> Table:
 def _cells(row: Row, width: int) -> list[str]:
     name = row["name"].removeprefix("test_") + ("" if row["mode"] == "eager" else f", {row['mode']}")
     if row["status"] != "measured":
-        counted = [f"{row['flop'] / 1e9:.4g}", f"{row['bytes'] / 1e6:.4g}"] if row["status"] == "counted" else []
+        counted = [number(row["flop"] / 1e9), number(row["bytes"] / 1e6)] if row["status"] == "counted" else []
         cells = [name, f"{row['status']}: {row['reason']}"]
         return [*cells, *[""] * (5 - len(cells)), *counted, *[""] * (width - 5 - len(counted))]
     cells = [
         name,
-        " / ".join(f"{1e3 * row[key]:.3g}" for key in ("p20_s", "p50_s", "p80_s")),
+        " / ".join(number(1e3 * row[key]) for key in ("p20_s", "p50_s", "p80_s")),
         f"{row['floor_share']:.2f}",
         _error(row),
-        f"{row['peak_bytes'] / 1e6:.4g}",
-        f"{row['flop'] / 1e9:.4g}",
-        f"{row['bytes'] / 1e6:.4g}",
+        number(row["peak_bytes"] / 1e6),
+        number(row["flop"] / 1e9),
+        number(row["bytes"] / 1e6),
     ]
-    host = [f"{1e6 * row['host_s']:.3g}", str(row["launches"])] if row.get("launches") is not None else []
+    host = [number(1e6 * row["host_s"]), str(row["launches"])] if row.get("launches") is not None else []
     return [*cells, *host, *[""] * (width - len(cells) - len(host))]
 
 
@@ -73,9 +78,7 @@ def compare(new: Result, old: Result) -> Table:
     rows = []
     for row in shared:
         was = before[key_of(row)]
-        times = [
-            f"{1e3 * each['p50_s']:.3g}" if each["status"] == "measured" else each["status"] for each in (was, row)
-        ]
+        times = [number(1e3 * each["p50_s"]) if each["status"] == "measured" else each["status"] for each in (was, row)]
         rows.append([f"{row['name']} ({row['group']})", *times, _speed_up(was, row)])
     return Table(f"{stamp(old)}, then {stamp(new)}", ["", "before, ms", "after, ms", "times as fast"], rows)
 
@@ -114,7 +117,7 @@ def _kernel_claim(name: str, members: list[Row]) -> list[list[str]]:
                 _named(ours),
                 f"{ours['floor_share']:.2f}",
                 f"{ours['error']:.1e}",
-                f"{ours['peak_bytes'] / 1e6:.4g}",
+                number(ours["peak_bytes"] / 1e6),
                 _named(exact) if exact else "none",
                 f"{exact['p50_s'] / ours['p50_s']:.2f}" if exact else "",
                 f"{_named(fastest)}, error {_error(fastest)}" if fastest and fastest is not exact else "the same",
@@ -139,10 +142,10 @@ def cost_claims(result: Result) -> Table:
                 [
                     name,
                     _label(row),
-                    f"{1e3 * row['p50_s']:.4g}" if row["status"] == "measured" else "counted only",
-                    f"{row['p50_s'] / ours['p50_s']:.3g}" if timed else "",
-                    f"{row['flop'] / 1e9:.4g}",
-                    f"{row['flop'] / ours['flop']:.3g}" if ours["flop"] else "",
+                    number(1e3 * row["p50_s"]) if row["status"] == "measured" else "counted only",
+                    number(row["p50_s"] / ours["p50_s"]) if timed else "",
+                    number(row["flop"] / 1e9),
+                    number(row["flop"] / ours["flop"]) if ours["flop"] else "",
                 ]
             )
     return Table(stamp(result), ["", "way", "ms", "times ours", "GFLOP", "times ours, counted"], lines)
@@ -153,7 +156,7 @@ def _headline(result: Result, kind: str) -> list[tuple[str, list[Row]]]:
 
 
 def _named(row: Row) -> str:
-    return f"{1e3 * row['p50_s']:.3g} ({_label(row)})"
+    return f"{number(1e3 * row['p50_s'])} ({_label(row)})"
 
 
 def _label(row: Row) -> str:
