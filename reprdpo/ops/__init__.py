@@ -7,13 +7,14 @@ from reprdpo.ops.logprob import logprob
 from reprdpo.ops.pooling import last_token_index, pool_last_token
 from reprdpo.ops.preference_confidence import preference_confidence
 from reprdpo.ops.preference_loss import PreferenceLoss, preference_loss
-from reprdpo.ops.probe_reward import ProbeReward, probe_reward
+from reprdpo.ops.probe_reward import ProbeConfidence, ProbeReward, probe_confidence, probe_reward
 from reprdpo.ops.sequence_sum import sequence_sum
 
 __all__ = [
     "LinearLogprob",
     "LinearPreferenceLoss",
     "PreferenceLoss",
+    "ProbeConfidence",
     "ProbeReward",
     "SequenceStats",
     "backends",
@@ -24,6 +25,7 @@ __all__ = [
     "pool_last_token",
     "preference_confidence",
     "preference_loss",
+    "probe_confidence",
     "probe_reward",
     "sequence_sum",
     "use_backend",

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +22,17 @@ MAX_SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 class Resources(NamedTuple):
-    """A compiled kernel's registers a thread, bytes of stack a thread (where spills go) and of shared memory."""
+    """A compiled kernel's registers a thread, bytes of stack a thread (where spills go), of shared memory, and loads."""
 
     registers: int
     spills: int
     shared: int
+    narrow_loads: int  # of 2 bytes a thread: a row of bf16 whose alignment the compiler has lost
 
 
 def compile(
     kernel: Any,
-    signature: Mapping[str, str],
+    signature: Mapping[str, str | Sequence[str]],
     constexprs: Mapping[str, Any],
     capability: int,
     *,
@@ -42,8 +43,10 @@ def compile(
 
     Args:
         signature: the type of every argument that is not in ``constexprs``: ``"*bf16"``, ``"i64"``, ``"fp32"``; with
-            ``":16"`` behind it where the launch would find a pointer or an integer divisible by 16.
-        constexprs: the value of every constexpr argument, of None arguments, and of integers that are 1.
+            ``":16"`` behind it where the launch would find a pointer or an integer divisible by 16;
+            a tuple's is the sequence of its elements' types.
+        constexprs: the value of every constexpr argument, of None arguments, and of integers that are 1; a dtype is
+            written as in ``"tl.bfloat16"``.
 
     Raises:
         RuntimeError: the kernel does not compile; the message is the compiler's.
@@ -101,7 +104,7 @@ def _serve() -> None:
 def _compile(
     module: str,
     kernel: str,
-    signature: dict[str, str],
+    signature: dict[str, str | list[str]],
     constexprs: dict[str, Any],
     capability: int,
     options: dict[str, int],
@@ -115,12 +118,20 @@ def _compile(
         raise TypeError(f"{kernel}: signature and constexprs do not fit its arguments: {sorted(missing)}")
     types = {name: "constexpr" if name in constexprs else signature[name] for name in jitted.arg_names}
     divisible = [["tt.divisibility", 16]]
-    attributes = {(position,): divisible for position, name in enumerate(types) if types[name].endswith(":16")}
-    types = {name: text.removesuffix(":16") for name, text in types.items()}
+    attributes = {(position,): divisible for position, name in enumerate(types) if types[name][-3:] == ":16"}
+    types = {name: text.removesuffix(":16") if isinstance(text, str) else tuple(text) for name, text in types.items()}
+    constexprs = {name: _dtype(value) for name, value in constexprs.items()}
     source = ASTSource(jitted, types, constexprs, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = _usage(compiled.asm["cubin"])
-    return Resources(registers, stack, compiled.metadata.shared)
+    narrow_loads = len(re.findall(r"ld\.global\S*\.b16", compiled.asm["ptx"]))
+    return Resources(registers, stack, compiled.metadata.shared, narrow_loads)
+
+
+def _dtype(value: Any) -> Any:
+    import triton.language as tl
+
+    return getattr(tl, value[3:]) if isinstance(value, str) and value.startswith("tl.") else value
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from reprdpo import ops
@@ -15,8 +16,10 @@ GATES = ("softmax", "static", "vote")
 BACKENDS = [
     "reference",
     pytest.param("native", marks=pytest.mark.skipif(not native.loaded(), reason=f"native: {native.status()}")),
+    pytest.param("triton", marks=pytest.mark.interpreter),
 ]
 OP = torch.ops.reprdpo.probe_reward.default
+NONE = (None, False, None, False)  # no confidence asked
 
 
 @pytest.fixture(params=BACKENDS)
@@ -140,15 +143,16 @@ def test_gradients_of_low_precision_states_come_in_their_dtype(backend):
     oracle(oracle_leaves[:3], index, oracle_leaves[3:], "softmax")[0].sum().backward()
     for leaf, right in zip((*hidden, *parameters), oracle_leaves, strict=True):
         assert leaf.grad.dtype == torch.bfloat16
-        torch.testing.assert_close(leaf.grad.double(), right.grad, rtol=2**-8, atol=1e-6)
+        rtol = 2**-7 if backend == "triton" else 2**-8  # Triton's interpreter cuts where a GPU rounds
+        torch.testing.assert_close(leaf.grad.double(), right.grad, rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_no_work_for_an_input_that_asks_no_gradient(backend, gate):
     hidden, index = make_hidden(), torch.tensor([4, 0, 2, 1])
     parameters = make_parameters(gate, 3, 6)
-    assert OP(hidden, index, *parameters, gate, False)[3].numel() == 0
-    assert OP(hidden, index, *parameters, gate, True)[3].shape == (4, 3, 6)
+    assert OP(hidden, index, *parameters, gate, False, *NONE)[3].numel() == 0
+    assert OP(hidden, index, *parameters, gate, True, *NONE)[3].shape == (4, 3, 6)
     scores, layer_gate = torch.randn(4, 3), torch.rand(4, 3)
     for asks in itertools.product([False, True], repeat=5):
         pooled = torch.randn(4, 3, 6)
@@ -170,7 +174,7 @@ def test_opcheck(backend, gate, form):
     layers = [states] if isinstance(states, torch.Tensor) else states
     layers = [h.detach().requires_grad_() for h in layers]
     parameters = make_parameters(gate, 2, 6, requires_grad=True)
-    opcheck(OP, (layers, index, *parameters, gate, index is not None))
+    opcheck(OP, (layers, index, *parameters, gate, index is not None, *NONE))
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -335,6 +339,7 @@ def test_float64_throughout():
 
 def test_real_states_score_as_the_oracle_says(backend, real_dir):
     states = load_file(real_dir / "states" / "llama2_7b_last_token.safetensors")["chosen"][:, 1:]
+    states = states[:8] if backend == "triton" else states  # a program a row and layer takes the interpreter long
     probe, bias, gate_weight, gate_bias = make_parameters("softmax", 32, 4096)
     scale = states.float().std((0, 2))[:, None]
     parameters = (probe / scale, bias, gate_weight / scale, gate_bias)
@@ -344,6 +349,126 @@ def test_real_states_score_as_the_oracle_says(backend, real_dir):
     for result, eager_result, right in zip(got, plain, exact, strict=True):
         allowed = 2 * (eager_result - right).abs().max() + 4 * torch.finfo(torch.float32).eps * right.abs().max()
         assert (result - right).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("form", ["list", "packed", "stacked", "pooled"])
+@pytest.mark.parametrize(
+    "options", [{}, {"alpha": 2, "squash": True}, {"floor": 0.4}, {"alpha": 1.0, "floor": 0.3, "reduce": "batch"}]
+)
+def test_confidence_is_that_of_the_rewards(backend, gate, form, options):
+    hidden, index = make_hidden(B=6, dtype=torch.bfloat16), torch.tensor([4, 0, 2, 1, 3, 3])
+    states, at = {
+        "list": (hidden, index),
+        "packed": ([h.reshape(30, 6) for h in hidden], index + 5 * torch.arange(6)),
+        "stacked": (torch.stack(hidden), index),
+        "pooled": (torch.stack([h[torch.arange(6), index] for h in hidden], dim=1), None),
+    }[form]
+    parameters = make_parameters(gate, 3, 6, requires_grad=True)
+    got = ops.probe_confidence(states, at, *parameters, gate=gate, **options)
+    exact = oracle(hidden, index, parameters, gate)
+    for result, right in zip(got[1:], exact, strict=True):
+        torch.testing.assert_close(result.double(), right, rtol=2e-6, atol=2e-6)
+    given = {"alpha": 7.5, "squash": False, "floor": None, "reduce": None} | options
+    wanted = reference.preference_confidence(*exact[0].detach().chunk(2), *given.values())
+    assert (got.confidence.dtype, got.confidence.requires_grad) == (torch.float32, False)
+    torch.testing.assert_close(got.confidence.double(), wanted, rtol=1e-5, atol=1e-6)
+    leaves = [p for p in parameters if p is not None]
+    plain = ops.probe_reward(states, at, *parameters, gate=gate).reward
+    for grad, right in zip(
+        torch.autograd.grad(got.reward.square().sum(), leaves),
+        torch.autograd.grad(plain.square().sum(), leaves),
+        strict=True,
+    ):
+        assert torch.equal(grad, right)
+
+
+def test_confidence_of_a_sequence_without_a_token_is_nan_in_its_pair_alone(backend):
+    parameters = make_parameters("softmax", 3, 6)
+    got = ops.probe_confidence(make_hidden(), torch.tensor([4, -1, 2, 1]), *parameters, floor=0.2)
+    assert got.confidence.isnan().tolist() == [False, True]
+    batch = ops.probe_confidence(make_hidden(), torch.tensor([4, -1, 2, 1]), *parameters, reduce="batch")
+    assert batch.confidence.isnan().all()
+
+
+def test_confidence_of_no_pairs(backend):
+    for reduce in (None, "batch"):
+        got = ops.probe_confidence(
+            make_hidden(B=0), torch.zeros(0).long(), *make_parameters("softmax", 3, 6), reduce=reduce
+        )
+        assert [x.shape for x in got] == [(0,), (0,), (0, 3), (0, 3)]
+
+
+def test_confidence_refuses():
+    hidden, index, parameters = make_hidden(), torch.tensor([4, 0, 2, 1]), make_parameters("softmax", 3, 6)
+    with pytest.raises(ValueError, match="all chosen, then as many rejected sequences, not 3 of them"):
+        ops.probe_confidence([h[:3] for h in hidden], index[:3], *parameters)
+    for changes, error, words in (
+        ({"alpha": -1.0}, ValueError, "alpha must be in"),
+        ({"alpha": True}, TypeError, "alpha must be a number"),
+        ({"floor": 1.5}, ValueError, "floor must be in"),
+        ({"reduce": "mean"}, ValueError, "reduce must be one of"),
+    ):
+        with pytest.raises(error, match=words):
+            ops.probe_confidence(hidden, index, *parameters, **changes)
+
+
+def test_confidence_compiles_in_one_graph(backend):
+    hidden, index = make_hidden(), torch.tensor([4, 0, 2, 1])
+    parameters = make_parameters("softmax", 3, 6, requires_grad=True)
+
+    def loss(hidden, index, *parameters):
+        result = ops.probe_confidence(hidden, index, *parameters, floor=0.1)
+        return (result.confidence * result.reward.chunk(2)[0]).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    plain = torch.autograd.grad(loss(hidden, index, *parameters), parameters)
+    for grad, wanted in zip(torch.autograd.grad(compiled(hidden, index, *parameters), parameters), plain, strict=True):
+        torch.testing.assert_close(grad, wanted)
+
+
+class Watch(TorchDispatchMode):
+    """Sees every op; while it does, the public function goes through the registered one."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("form", ["list", "packed", "stacked", "pooled"])
+def test_registered_op_and_the_way_around_it_agree_to_the_bit(backend, gate, form):
+    states, index = forms(make_hidden(dtype=torch.bfloat16), torch.tensor([4, 0, 2, 1]))[form]
+    upstream = torch.randn(4)
+    for hidden_asks, parameters_ask in ((False, True), (True, False), (True, True)):
+        layers = [states] if isinstance(states, torch.Tensor) else states
+        layers = [h.detach().requires_grad_(hidden_asks) for h in layers]
+        given = layers[0] if isinstance(states, torch.Tensor) else layers
+        parameters = make_parameters(gate, 3, 6, requires_grad=parameters_ask)
+        leaves = [x for x in (*layers, *parameters) if x is not None and x.requires_grad]
+
+        def run(given=given, parameters=parameters, leaves=leaves):
+            result = ops.probe_confidence(given, index, *parameters, gate=gate)
+            return *result, *torch.autograd.grad(result.reward, leaves, upstream)
+
+        around = run()
+        with Watch() as watch:
+            through = run()
+        assert OP in watch.seen
+        for one, other in zip(around, through, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_second_derivative_is_refused(backend):
+    parameters = make_parameters("softmax", 3, 6, requires_grad=True)
+    reward = ops.probe_reward(make_hidden(), torch.tensor([4, 0, 2, 1]), *parameters).reward
+    (grad,) = torch.autograd.grad(reward.square().sum(), parameters[:1], create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.sum(), parameters[:1])
 
 
 class Sharded(torch.Tensor):
@@ -360,6 +485,9 @@ def changed(**changes):
         hidden_states=hidden, index=index, **dict(zip(names, make_parameters("softmax", 3, 6), strict=True))
     )
     return arguments | changes
+
+
+UNLIKE = [torch.zeros(4, 5, 6), torch.zeros(4, 5, 6), torch.zeros(4, 4, 6)]
 
 
 @pytest.mark.parametrize(
@@ -381,8 +509,17 @@ def changed(**changes):
         ({"index": None, "hidden_states": torch.zeros(3, 4, 5, 6)}, ValueError, r"pooled \[B, L, D\]"),
         ({"index": torch.zeros(3, dtype=torch.int64)}, ValueError, r"index must be of shape \[B\] = \[4\]"),
         ({"hidden_states": []}, ValueError, "hidden_states must hold at least one layer"),
+        ({"hidden_states": UNLIKE}, ValueError, r"hidden_states\[2\] must be of shape \[4, 5, 6\]"),
+        ({"hidden_states": [*make_hidden(2), make_hidden(1)[0].half()]}, TypeError, r"hidden_states\[2\] must have the dt"),
+        ({"hidden_states": [*make_hidden(2), torch.zeros(4, 5, 6, device="meta")]}, ValueError, "must have the device"),
+        ({"hidden_states": [*make_hidden(2), None]}, TypeError, r"hidden_states\[2\] must be a tensor"),
+        ({"hidden_states": [torch.zeros(3, 4, 5, 6)]}, ValueError, r"must be \[B, T, D\] or packed"),
+        ({"index": torch.zeros(4)}, TypeError, "index must be an integer tensor"),
     ],
 )
-def test_refuses(changes, error, words):
-    with pytest.raises(error, match=words):
-        ops.probe_reward(**changed(**changes))
+def test_refuses(backend, changes, error, words):
+    # The second time some of it looks like arguments that were accepted.
+    for _ in range(2):
+        with pytest.raises(error, match=words):
+            ops.probe_reward(**changed(**changes))
+        ops.probe_reward(**changed())
