@@ -8,7 +8,7 @@ Shape suffixes: B sequences, T padded length, D hidden size, V vocabulary.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ def check_head(model: nn.Module) -> None:
     Raises:
         UserError: they differ, so that what an op makes of the head would be wrong.
     """
-    causal_lm, head = unwrap(model), cast(Any, output_head(model))
+    causal_lm, head = unwrap(model), output_head(model)
     ids_BT = torch.arange(min(8, head.weight.shape[0]), device=head.weight.device)[None]
     was_training = causal_lm.training
     causal_lm.eval()

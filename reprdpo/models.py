@@ -98,7 +98,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     raise UserError(f"{type(model).__name__}: no list of {wanted} decoder layers under {type(stack).__name__}")
 
 
-def output_head(model: nn.Module) -> nn.Module:
+def output_head(model: nn.Module) -> Any:
     """The lm_head: a module with ``weight`` [V, D] and perhaps ``bias`` [V]; see :mod:`reprdpo.heads` for its use."""
     head = unwrap(model).get_output_embeddings()
     if head is None or not hasattr(head, "weight"):
@@ -118,6 +118,19 @@ def unwrap(model: nn.Module) -> Any:
             wrapped = wrapped.get_base_model()
         else:
             return wrapped
+
+
+def matmul_parameters(module: nn.Module) -> int:
+    """How many parameters lie outside embedding tables: those that multiply every token."""
+    tables = {id(p) for child in module.modules() if isinstance(child, nn.Embedding) for p in child.parameters()}
+    return sum(p.numel() for p in module.parameters() if id(p) not in tables)
+
+
+def forward_flop(model: nn.Module, tokens: int, scored: int = 0) -> int:
+    """Matmul FLOP of a forward over ``tokens``, the head applied to ``scored`` of them."""
+    return 2 * matmul_parameters(decoder(model)) * tokens + (
+        2 * output_head(model).weight.numel() * scored if scored else 0
+    )
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -1,15 +1,13 @@
 """Two processes, the model replicated or sharded: the loss and the gradients of one process that has all the pairs."""
 
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+import distributed
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tiny_models import VOCABULARY, tiny_causal_lm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -118,36 +116,32 @@ def all_ids() -> Tensor:
     return torch.randint(3, VOCABULARY, (2 * PAIRS, LENGTH), generator=torch.Generator().manual_seed(5))
 
 
-def work(rank: int, folder: str, cases: list[str]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES)
-    mine = torch.arange(PAIRS).chunk(PROCESSES)[rank]
+def work(cases: list[str]) -> dict[str, tuple[Tensor, Gradients]]:
+    mine = torch.arange(PAIRS).chunk(PROCESSES)[dist.get_rank()]
     ids_ST = all_ids()[torch.cat([mine, mine + PAIRS])]
+    found = {}
     for case in cases:
         name, adapt, wrap = CASES[case]
-        loss, grads = loss_and_gradients(wrap(adapt(tiny_causal_lm(name))), ids_ST)
-        torch.save((loss, grads), os.path.join(folder, f"{case}-{rank}"))
-    dist.destroy_process_group()
+        found[case] = loss_and_gradients(wrap(adapt(tiny_causal_lm(name))), ids_ST)
+    return found
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[tuple[Tensor, Gradients]]]:
-    """Loss and gradients of every case, from each process; the processes start once for all of them."""
-    folder = Path(tmp_path_factory.mktemp("distributed"))
+def results() -> list[dict[str, tuple[Tensor, Gradients]]]:
+    """Loss and gradients of every case, by process; the processes start once for all of them."""
     cases = [case for case in CASES if "LoRA" not in case or find_spec("peft")]
-    mp.spawn(work, args=(str(folder), cases), nprocs=PROCESSES)
-    return lambda case: [torch.load(folder / f"{case}-{rank}") for rank in range(PROCESSES)]
+    return distributed.run(work, cases, world_size=PROCESSES)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_those_of_one_process(
-    case: str, results: Callable[[str], list[tuple[Tensor, Gradients]]]
+    case: str, results: list[dict[str, tuple[Tensor, Gradients]]]
 ) -> None:
     if "LoRA" in case:
         pytest.importorskip("peft")
     name, adapt, _ = CASES[case]
     loss, wanted = loss_and_gradients(adapt(tiny_causal_lm(name)), all_ids())
-    found = results(case)
+    found = [each[case] for each in results]
     tolerance = {"rtol": 0.05, "atol": 0.02} if "bf16" in case else {"rtol": 1e-4, "atol": 1e-6}
     torch.testing.assert_close(torch.stack([each for each, _ in found]).mean(), loss, **tolerance)
     for each, grads in found:

@@ -12,6 +12,7 @@ from datasets import Dataset
 from reprdpo.data import load_preferences
 from reprdpo.evaluation import build_judge
 from reprdpo.experiments.config import RunConfig, build
+from reprdpo.experiments.overhead import OVERHEAD_FILE, overhead
 from reprdpo.experiments.run_folder import RunFolder
 from reprdpo.experiments.sources import Inputs, first, read_inputs
 from reprdpo.experiments.stages import (
@@ -149,6 +150,8 @@ class Pipeline:
 
     def summarise(self) -> None:
         write_summary(self.folder / "evaluation", self.systems, self.config.seeds)
+        if found := overhead(self.folder.state["stages"]):
+            write_json(self.folder / OVERHEAD_FILE, found)
 
     @cached_property
     def inputs(self) -> Inputs:

@@ -5,7 +5,6 @@ import os
 import platform
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import reprdpo
+from reprdpo import costs
 from reprdpo.errors import UserError
 from reprdpo.experiments.config import RunConfig
 from reprdpo.files import content_hash, disk_errors, read_json, write_json
@@ -39,22 +39,21 @@ class RunFolder:
         return self.state["stages"].get(stage, {}).get("status") == "done"
 
     def stage(self, name: str, work: Callable[[], None], say: Callable[[str], None]) -> None:
-        """Do ``work`` unless it is done; record how long it took, over every start it needed."""
+        """Do ``work`` unless it is done; record what it cost, over every start it needed."""
         if self.done(name):
             say(f"{name}: done before")
             return
         self._save()  # not before: a configuration that was refused must not claim the folder
         say(f"{name} ...")
-        before = self.state["stages"].get(name, {}).get("seconds", 0.0)
-        start, status = time.perf_counter(), "stopped"
+        before, status = self.state["stages"].get(name, {}), "stopped"
         try:
-            work()
+            with costs.stage() as cost:
+                work()
             status = "done"
         finally:
-            seconds = before + time.perf_counter() - start
-            self.state["stages"][name] = {"status": status, "seconds": round(seconds, 3)}
+            self.state["stages"][name] = {"status": status, **cost.to_json(before)}
             self._save()
-        say(f"{name}: done in {seconds:.1f} s")
+        say(f"{name}: done in {self.state['stages'][name]['seconds']:.1f} s")
 
     def _open(self) -> dict[str, Any]:
         file, digest = self.path / "run.json", content_hash(_comparable(self._config))

@@ -44,7 +44,7 @@ SECTIONS = {
         "Curves are running means over a few per cent of the steps; the first value is as logged.",
     ),
     "samples": ("Before and after", ""),
-    "cost": ("Cost by stage", "Wall time of this run."),
+    "cost": ("Cost by stage", "Wall time, counted matmuls and the most memory in use, of this run."),
     "run": ("The run", "What it takes to make it again."),
 }
 
@@ -57,7 +57,7 @@ def page(run: Run, plots: list[Plot]) -> str:
         "reward": _grid(*drawn["reward"], _pairs_card("The fit", run.fit.facts) if run.fit else None),
         "training": _grid(*drawn["training"]),
         "samples": _samples(run),
-        "cost": _table_card(None, cost_table(run), "bar") if run.stages else Markup(""),
+        "cost": _costs(run),
         "run": _provenance(run),
     }
     bodies = {section: body for section, body in bodies.items() if body}
@@ -97,6 +97,13 @@ def _tiles(run: Run) -> Markup:
     return tag(
         "div", *(tag("div", tag("b", big), tag("span", small), class_="tile") for big, small in tiles), class_="tiles"
     )
+
+
+def _costs(run: Run) -> Markup:
+    if not run.stages:
+        return Markup("")
+    lines = tag("ul", *(tag("li", line) for line in run.overhead), class_="plain") if run.overhead else None
+    return join(_table_card(None, cost_table(run), "bar"), lines)
 
 
 def _absent(run: Run) -> Markup | None:

@@ -54,6 +54,8 @@ class Rate:
 class Stage:
     status: str
     seconds: float | None
+    flop: float | None = None
+    peak_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class Run:
     evaluations: list[Evaluation]
     summary: list[SystemSummary]
     orderings: list[Ordering]
+    overhead: list[str]
     compared: tuple[str, str] | None
     samples: list[Sample]
 
@@ -215,7 +218,9 @@ def load_run(run_dir: str | Path) -> Run:
     with _naming(path / "run.json"):
         head = read_json(path / "run.json")
         stages = {
-            str(name): Stage(str(stage["status"]), _number(stage.get("seconds")))
+            str(name): Stage(
+                str(stage["status"]), *(_number(stage.get(key)) for key in ("seconds", "flop", "peak_bytes"))
+            )
             for name, stage in head.get("stages", {}).items()
         }
         versions = {str(package): str(version) for package, version in head.get("versions", {}).items()}
@@ -237,6 +242,7 @@ def load_run(run_dir: str | Path) -> Run:
         evaluations=evaluations,
         summary=summary,
         orderings=orderings,
+        overhead=_read_overhead(path / "overhead.json"),
         compared=compared,
         samples=samples,
     )
@@ -331,6 +337,13 @@ def _read_evaluations(run_dir: Path, order: list[str]) -> list[Evaluation]:
                 )
             )
     return sorted(evaluations, key=lambda row: (_place(row.system, order), row.seed))
+
+
+def _read_overhead(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    with _naming(path):
+        return [str(line) for line in read_json(path)["lines"]]
 
 
 def _read_summary(path: Path) -> tuple[list[SystemSummary], list[Ordering]]:

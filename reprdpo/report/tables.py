@@ -83,7 +83,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def cost_table(run: Run) -> Table:
-    """Seconds by stage, the seeds of a system added up, shaded as a share of the longest."""
+    """Seconds, FLOP and peak memory by stage, the seeds of a system together, shaded as a share of the longest."""
     stages: dict[str, list[Stage]] = {}
     for name, stage in run.stages.items():
         stages.setdefault(re.sub(r" seed \d+$", "", name), []).append(stage)
@@ -93,9 +93,19 @@ def cost_table(run: Run) -> Table:
     for position, (name, group) in enumerate(stages.items()):
         spent = seconds[name]
         status = ", ".join(dict.fromkeys(stage.status for stage in group))
-        times = Cell(str(len(group)), len(group))
-        rows.append([Cell(name, position), times, Cell(status, status), Cell(f"{spent:,.1f}", spent, spent / longest)])
-    return Table(["stage", "times", "status", "seconds"], rows)
+        flop = sum(stage.flop or 0.0 for stage in group)
+        peak = max(stage.peak_bytes or 0.0 for stage in group)
+        rows.append(
+            [
+                Cell(name, position),
+                Cell(str(len(group)), len(group)),
+                Cell(status, status),
+                Cell(f"{spent:,.1f}", spent, spent / longest),
+                number(flop / 1e12 if flop else None, ".3g"),
+                number(peak / 2**20 if peak else None, ",.0f"),
+            ]
+        )
+    return Table(["stage", "times", "status", "seconds", "TFLOP (matmuls)", "peak MiB"], rows)
 
 
 def summary_table(run_dir: str | Path) -> str:
@@ -112,6 +122,8 @@ def summary_table(run_dir: str | Path) -> str:
             f"  {held_in_words(o.held):<10} {o.claim}{f' ({o.detail})' if o.detail else ''}" for o in run.orderings
         ]
         parts.append("\n".join(["The paper's orderings:", *lines]))
+    if run.overhead:
+        parts.append("\n  ".join(["Cost of the reward:", *run.overhead]))
     if absent := run.absent():
         parts.append("\n".join(absent))
     return "\n\n".join(parts) + "\n"

@@ -12,9 +12,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from reprdpo import costs
 from reprdpo.data import length_grouped_batches
 from reprdpo.errors import UserError
-from reprdpo.models import decoder
+from reprdpo.models import decoder, forward_flop
 from reprdpo.reward.taps import Pool, PooledStateTap
 
 
@@ -29,6 +30,7 @@ def pool_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, 
         inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad(), PooledStateTap(model, attention_mask, pool=pool) as tap:
         model(**inputs, logits_to_keep=1, use_cache=False)
+    costs.count(forward_flop(model, input_ids.numel()))
     return tap.pooled
 
 

@@ -61,6 +61,12 @@ class _Tap(ABC):
         self._in_forward = False
         self._take(len(self._layers) - 1, output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
+    def _unseen(self, seen: int) -> str:
+        return (
+            f"{seen} of {len(self._layers)} layers seen; run the model inside the tap (code that torch.compile made "
+            "before any tap was there does not see one: call torch._dynamo.reset() first)"
+        )
+
     @abstractmethod
     def _clear(self) -> None: ...
 
@@ -91,7 +97,7 @@ class HiddenStateTap(_Tap):
             RuntimeError: no forward has run to its end under the tap.
         """
         if len(self._states) != len(self._layers):
-            raise RuntimeError(f"{len(self._states)} of {len(self._layers)} layers seen; run the model inside the tap")
+            raise RuntimeError(self._unseen(len(self._states)))
         return [self._states[layer] for layer in range(len(self._layers))]
 
     @staticmethod
@@ -139,7 +145,7 @@ class PooledStateTap(_Tap):
             RuntimeError: no forward has run to its end under the tap.
         """
         if self._pooled_BLD is None or self._seen != len(self._layers):
-            raise RuntimeError(f"{self._seen} of {len(self._layers)} layers seen; run the model inside the tap")
+            raise RuntimeError(self._unseen(self._seen))
         return self._pooled_BLD
 
     def _clear(self) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from reprdpo import costs
 from reprdpo.data import PromptTooLongError, TokenizeConfig, tokenize_prompt
 from reprdpo.data import Text as Prompt
 from reprdpo.errors import UserError
-from reprdpo.models import model_fingerprint
+from reprdpo.models import forward_flop, model_fingerprint
 
 TRUNCATION_MODES = ("error", "keep_end", "keep_start")
 
@@ -253,6 +254,7 @@ class TransformersEngine:
             use_cache=True,
             logits_to_keep=1,
         )
+        costs.count(forward_flop(self.model, input_ids.numel(), scored=len(input_ids)))
         return output.logits[:, -1].float()
 
 

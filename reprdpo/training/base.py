@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -15,7 +15,7 @@ from reprdpo import files, models
 from reprdpo.errors import UserError
 from reprdpo.training.checkpoint import is_whole, last_checkpoint
 from reprdpo.training.config import BaseConfig
-from reprdpo.training.metrics import MetricsFile, ProgressBar
+from reprdpo.training.metrics import MetricsFile, ProgressBar, StepCosts
 
 
 class BaseTrainer(Trainer):
@@ -39,15 +39,14 @@ class BaseTrainer(Trainer):
             )
         if args.disable_dropout:
             disable_dropout(model)
-        super().__init__(model=model, args=args, callbacks=[MetricsFile(), *(callbacks or [])], **kwargs)
+        self.costs = StepCosts(args.device)
+        super().__init__(model=model, args=args, callbacks=[self.costs, MetricsFile(), *(callbacks or [])], **kwargs)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(ProgressBar())
         # The losses below are means of a batch: let the Trainer divide them by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        self._flops_per_token = 6 * sum(
-            parameter.numel() for name, parameter in model.named_parameters() if "embed" not in name
-        )
+        self._decoder_size, self._head_size = self._sizes()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; ``resume_from_checkpoint=True`` goes on from the newest whole checkpoint of the output folder."""
@@ -57,11 +56,27 @@ class BaseTrainer(Trainer):
                 raise UserError(f"{self.args.output_dir}: no whole checkpoint to resume from; train without resuming")
         if resume_from_checkpoint and not is_whole(resume_from_checkpoint):
             raise UserError(f"{resume_from_checkpoint}: not a whole checkpoint; resume from an earlier one")
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        output = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        self.costs.drain()
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what a step cost since the last log."""
+        super().log({**logs, **self.costs.drain()} if "loss" in logs else logs, start_time)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As the base class, counted."""
+        self.costs.count(self.floating_point_ops(inputs), "policy")
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As the base class, without walking the parameters at every step."""
-        return self._flops_per_token * inputs["input_ids"].numel()
+        """Of forward and backward over a batch: 6 FLOP a token and parameter, the head's on scored tokens only."""
+        scored = inputs["scored_index"].numel() if "scored_index" in inputs else 0
+        return 6 * (self._decoder_size * inputs["input_ids"].numel() + self._head_size * scored)
+
+    def _sizes(self) -> tuple[int, int]:
+        """The parameters of decoder and head that multiply a token."""
+        return models.matmul_parameters(models.decoder(self.model)), models.output_head(self.model).weight.numel()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # The trainer state marks a checkpoint as whole: an old one must not vouch for files being rewritten.

@@ -1,4 +1,4 @@
-"""What a training run logs: windowed means kept on the device, the distribution of gamma, and metrics.jsonl.
+"""What a training run logs: means kept on the device, the cost of a step, the distribution of gamma, metrics.jsonl.
 
 Shape suffixes: K metrics, P pairs, W processes.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from reprdpo import files
+from reprdpo import costs, files
 
 METRICS_FILE = "metrics.jsonl"
 HISTOGRAM_FILE = "confidence_histogram.json"
@@ -71,6 +71,45 @@ class MetricWindow:
         self._sums_K, self._limits_2 = (
             None if state[key] is None else state[key].to(device) for key in ("sums", "limits")
         )
+
+
+class StepCosts(TrainerCallback):
+    """Seconds and FLOP of the optimizer steps since the last :meth:`drain`, the reward's part of them apart."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.reward = costs.Stopwatch(device)
+        self._step = costs.Stopwatch(device)
+        self._steps = 0
+        self._flop = {"policy": 0.0, "reward": 0.0}
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._step.start()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._step.stop()
+        self._steps += 1
+
+    def count(self, flop: float, part: str) -> None:
+        """Add FLOP to "policy" or "reward"."""
+        self._flop[part] += flop
+        costs.count(flop, part)
+
+    def drain(self) -> dict[str, float]:
+        """Means a step, and the most memory in use; the stage under way is told the seconds of each part."""
+        if not self._steps:
+            return {}
+        step, reward = self._step.read(), self.reward.read()
+        costs.count_seconds(step - reward, "policy")
+        costs.count_seconds(reward, "reward")
+        found = {"cost/step_seconds": step / self._steps, "cost/policy_flop": self._flop["policy"] / self._steps}
+        if self._flop["reward"]:
+            found["cost/reward_seconds"] = reward / self._steps
+            found["cost/reward_flop"] = self._flop["reward"] / self._steps
+            found["cost/reward_share"] = reward / step
+        if (peak := costs.peak_bytes()) is not None:
+            found["cost/peak_bytes"] = peak
+        self._steps, self._flop = 0, dict.fromkeys(self._flop, 0.0)
+        return found
 
 
 class ConfidenceHistogram:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
 
-from reprdpo import files
+from reprdpo import costs, files
 from reprdpo.errors import UserError
 from reprdpo.training.config import OnlineDPOConfig
 from reprdpo.training.trainer import ReprDPOTrainer
@@ -102,7 +102,9 @@ class OnlineDPOTrainer(ReprDPOTrainer):
         self.model.eval()
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(_stream(self.args.seed, number))
-            pairs = self._prepare(self._resample(self.model, number), f"round {number}")
+            with costs.part("sampling"):
+                drawn = self._resample(self.model, number)
+            pairs = self._prepare(drawn, f"round {number}")
         self.model.train()
         if pairs is None or len(pairs) == 0:
             raise UserError(f"round {number}: resampling gave no pairs; draw more responses or lower the smallest gap")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reprdpo import files, heads, models, ops
+from reprdpo import costs, files, heads, models, ops
 from reprdpo.data import ResponseCollator, length_grouped_batches
 
 _FORMAT = "1"
@@ -73,6 +73,7 @@ def batch_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Summed log-probs [B] float32 of a batch of :class:`~reprdpo.data.ResponseCollator`."""
     labels_BT, scored_N = batch["labels"], batch["scored_index"]
     logps_BT = heads.token_logps(model, batch)
+    costs.count(models.forward_flop(model, labels_BT.numel(), scored=len(scored_N)))
     num_rows, length = labels_BT.shape
     return ops.sequence_sum(
         logps_BT.flatten()[scored_N],

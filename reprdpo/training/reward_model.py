@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from reprdpo import files, models, ops
+from reprdpo import costs, files, models, ops
 from reprdpo.data import (
     PreferenceCollator,
     ResponseCollator,
@@ -57,6 +57,8 @@ class BradleyTerryRewardModel(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Rewards [B] float32 of ``input_ids`` [B, T], read at the last position that is not padding."""
         hidden_BTD = self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        if not self.training:
+            costs.count(2 * models.matmul_parameters(self.decoder) * input_ids.numel())
         rows = torch.arange(len(input_ids), device=input_ids.device)
         last_BD = hidden_BTD[rows, ops.last_token_index(attention_mask)]
         return self.head(last_BD.to(self.head.weight.dtype)).squeeze(-1).float()
@@ -135,6 +137,9 @@ class RewardModelTrainer(BaseTrainer):
             **kwargs,
         )
         self._window = MetricWindow()
+
+    def _sizes(self) -> tuple[int, int]:
+        return models.matmul_parameters(self.model.decoder), 0
 
     def compute_loss(
         self,

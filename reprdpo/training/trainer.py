@@ -8,6 +8,7 @@ all of them, so that accumulating and a larger batch are the same training.
 Shape suffixes: P pairs, S = 2P sequences (all chosen, then all rejected), T padded length, L layers, D hidden size.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from reprdpo import files, ops
+from reprdpo import costs, files, ops
 from reprdpo.data import PreferenceCollator, tokenize_preferences
 from reprdpo.errors import UserError
 from reprdpo.heads import HeadSpec, check_head, run_at_head
@@ -122,7 +123,8 @@ class ReprDPOTrainer(BaseTrainer):
         def loss_at_head(hidden_STD: Tensor, head: HeadSpec) -> LinearPreferenceLoss:
             confidence: float | Tensor = self.args.fixed_confidence
             if self.reward is not None:
-                with torch.autocast(hidden_STD.device.type, enabled=False):
+                timed = self.costs.reward if model.training else contextlib.nullcontext()
+                with timed, torch.autocast(hidden_STD.device.type, enabled=False):
                     scored.append(self._score(self.reward, tap.states, inputs))
                 if self.args.confidence_source == "reward":
                     confidence = scored[0].confidence
@@ -188,7 +190,7 @@ class ReprDPOTrainer(BaseTrainer):
     def _add_reference(self, dataset: Dataset) -> Dataset:
         cache_dir = self.args.reference_cache_dir or str(Path(self.args.output_dir) / "reference")
         reference = self.model if self._reference is None else self._reference.to(self.args.device)
-        with self.args.main_process_first(desc="reference log-probs"):
+        with costs.part("reference"), self.args.main_process_first(desc="reference log-probs"):
             return reference_logps(
                 reference,
                 dataset,
@@ -202,6 +204,9 @@ class ReprDPOTrainer(BaseTrainer):
     def _score(self, reward: HybridReward, states: list[Tensor], inputs: dict[str, Tensor]) -> _Hybrid:
         """Gamma from R as it stands, then, in training, R's own step."""
         updater = self._updater if self.model.training else None
+        if self.model.training:
+            flop = costs.reward_flop(*reward.probe_weight.shape, sequences=len(states[0]), update=updater is not None)
+            self.costs.count(flop, "reward")
         states = [state.detach() for state in states]
         with torch.set_grad_enabled(updater is not None):
             if reward.metadata.pool == "mean":

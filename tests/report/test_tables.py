@@ -5,7 +5,7 @@ from pathlib import Path
 from reprdpo.files import read_json
 from reprdpo.report import summary_table
 from reprdpo.report.run_folder import load_run
-from reprdpo.report.tables import category_table, cost_table, results_table, seeds_table
+from reprdpo.report.tables import NONE, category_table, cost_table, results_table, seeds_table
 from tests.report.invented_run import put
 
 
@@ -55,9 +55,9 @@ def test_every_seed_has_its_row_with_counts(run_dir: Path) -> None:
 
 def test_cost_adds_up_the_seeds_of_a_stage(run_dir: Path) -> None:
     rows = {row[0].text: [cell.text for cell in row[1:]] for row in cost_table(load_run(run_dir)).rows}
-    assert rows["train dpo"] == ["3", "done", "40.5"]
-    assert rows["fit"] == ["1", "done", "21.4"]
-    assert max(row[-1].heat or 0.0 for row in cost_table(load_run(run_dir)).rows) == 1.0
+    assert rows["train dpo"] == ["3", "done", "40.5", NONE, NONE]
+    assert rows["fit"] == ["1", "done", "21.4", NONE, NONE]
+    assert max(row[3].heat or 0.0 for row in cost_table(load_run(run_dir)).rows) == 1.0
 
 
 def test_the_terminals_table_is_aligned_and_says_what_held(run_dir: Path) -> None:

@@ -30,7 +30,9 @@ HYBRID_METRICS |= {f"confidence/{name}" for name in ("mean", "std", "min", "max"
 
 
 def logged(output_dir: str | Path) -> list[dict[str, Any]]:
-    return [line for _, line in read_jsonl(Path(output_dir) / "metrics.jsonl")]
+    """The metrics, without what they cost, which no two runs share."""
+    lines = [line for _, line in read_jsonl(Path(output_dir) / "metrics.jsonl")]
+    return [{name: value for name, value in line.items() if not name.startswith("cost/")} for line in lines]
 
 
 def parameters(module: torch.nn.Module) -> list[Tensor]:
