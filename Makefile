@@ -19,10 +19,10 @@ test: $(READY) ## every test but the slow ones
 test-slow: $(READY) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-bench: $(READY) ## time the ops beside their peers
+bench: $(READY) ## time the ops beside their peers: build/benchmarks.json and .html
 	mkdir -p build
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json build/benchmarks.json
-	$(BIN)/python -m benchmarks.report build/benchmarks.json
+	$(BIN)/python -m pytest benchmarks --benchmark-quiet --benchmark-json build/benchmarks.json; status=$$?; \
+	$(BIN)/python -m benchmarks.report build/benchmarks.json --page build/benchmarks.html && exit $$status
 
 lint: $(READY) ## ruff, mypy, import-linter, clang-format
 	$(BIN)/ruff check .

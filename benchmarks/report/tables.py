@@ -1,0 +1,168 @@
+"""Result rows as tables: a group's rows, two commits side by side, the claims; in Markdown or HTML."""
+
+import html
+import math
+from dataclasses import dataclass
+
+from benchmarks.report.results import Result, Row, check_same_device, groups, key_of, stamp
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text under a heading."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        table = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+        return f"**{self.title}**\n\n{table}"
+
+    def html(self) -> str:
+        def line(cells: list[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        body = "\n".join(line(cells, "td") for cells in self.rows)
+        return f"<h3>{html.escape(self.title)}</h3>\n<table>\n{line(self.header, 'th')}\n{body}\n</table>"
+
+
+def number(value: float) -> str:
+    """Three significant digits: 0.0123, 1610, 3.2e+07."""
+    return f"{float(f'{value:.3g}'):g}"
+
+
+def group_tables(result: Result) -> list[Table]:
+    """Every row, one table a group, fastest first; what was not measured says why."""
+    return [_group_table(name, rows) for name, rows in groups(result).items()]
+
+
+def _group_table(name: str, rows: list[Row]) -> Table:
+    on_gpu = any(row.get("launches") is not None for row in rows)
+    header = ["", "p20 / p50 / p80, ms", "of the floor", "error", "peak extra, MB", "GFLOP", "moved, MB"]
+    header += ["host, µs", "launches"] if on_gpu else []
+    return Table(name, header, [_cells(row, len(header)) for row in rows])
+
+
+def _cells(row: Row, width: int) -> list[str]:
+    name = row["name"].removeprefix("test_") + ("" if row["mode"] == "eager" else f", {row['mode']}")
+    if row["status"] != "measured":
+        counted = [number(row["flop"] / 1e9), number(row["bytes"] / 1e6)] if row["status"] == "counted" else []
+        cells = [name, f"{row['status']}: {row['reason']}"]
+        return [*cells, *[""] * (5 - len(cells)), *counted, *[""] * (width - 5 - len(counted))]
+    cells = [
+        name,
+        " / ".join(number(1e3 * row[key]) for key in ("p20_s", "p50_s", "p80_s")),
+        f"{row['floor_share']:.2f}",
+        _error(row),
+        number(row["peak_bytes"] / 1e6),
+        number(row["flop"] / 1e9),
+        number(row["bytes"] / 1e6),
+    ]
+    host = [number(1e6 * row["host_s"]), str(row["launches"])] if row.get("launches") is not None else []
+    return [*cells, *host, *[""] * (width - len(cells) - len(host))]
+
+
+def compare(new: Result, old: Result) -> Table:
+    """The speed-up of each row that both results measured; none where a check is red or rounding has changed.
+
+    Raises:
+        ValueError: the results are of different devices or settings, or share no row.
+    """
+    check_same_device(new, old, "the results")
+    before = {key_of(row): row for row in old["rows"]}
+    shared = [row for row in new["rows"] if key_of(row) in before]
+    if not shared:
+        raise ValueError("the results share no row")
+    rows = []
+    for row in shared:
+        was = before[key_of(row)]
+        times = [number(1e3 * each["p50_s"]) if each["status"] == "measured" else each["status"] for each in (was, row)]
+        rows.append([f"{row['name']} ({row['group']})", *times, _speed_up(was, row)])
+    return Table(f"{stamp(old)}, then {stamp(new)}", ["", "before, ms", "after, ms", "times as fast"], rows)
+
+
+def _speed_up(was: Row, row: Row) -> str:
+    if red := [each["reason"] for each in (was, row) if each["status"] == "red"]:
+        return f"none: the check is red ({red[-1]})"
+    if not was["status"] == row["status"] == "measured":
+        return "none: not measured in both"
+    if was["kind"] != row["kind"]:
+        return f"none: {was['kind']} became {row['kind']} (error {was['error']:.1e}, now {row['error']:.1e})"
+    return f"{was['p50_s'] / row['p50_s']:.2f}"
+
+
+def kernel_claims(result: Result) -> Table:
+    """Ours beside the fastest peer in each headline group; a group with a red row of ours claims nothing."""
+    rows = [line for name, members in _headline(result, "kernel") for line in _kernel_claim(name, members)]
+    header = ["", "ours, ms", "of the floor", "error", "peak extra, MB", "fastest peer as exact, ms", "times as fast"]
+    return Table(stamp(result), [*header, "fastest of all peers, ms"], rows)
+
+
+def _kernel_claim(name: str, members: list[Row]) -> list[list[str]]:
+    if red := [row for row in members if row["status"] == "red" and not row.get("peer")]:
+        return [[name, f"red: {red[0]['name']}: {red[0]['reason']}", *[""] * 6]]
+    lines = []
+    for mode in ("eager", "graph"):
+        rows = [row for row in members if row["mode"] == mode and row["status"] == "measured"]
+        ours = next((row for row in rows if not row["peer"]), None)
+        if ours is None:
+            continue
+        exact = next((row for row in rows if row["peer"] and row["kind"] == "exact"), None)
+        fastest = next((row for row in rows if row["peer"]), None)
+        lines.append(
+            [
+                name + ("" if mode == "eager" else ", in a CUDA graph"),
+                _named(ours),
+                f"{ours['floor_share']:.2f}",
+                f"{ours['error']:.1e}",
+                number(ours["peak_bytes"] / 1e6),
+                _named(exact) if exact else "none",
+                f"{exact['p50_s'] / ours['p50_s']:.2f}" if exact else "",
+                f"{_named(fastest)}, error {_error(fastest)}" if fastest and fastest is not exact else "the same",
+            ]
+        )
+    return lines
+
+
+def cost_claims(result: Result) -> Table:
+    """Each row of the headline "claim" groups against ours of its group, in measured time and counted FLOP."""
+    lines = []
+    for name, members in _headline(result, "claim"):
+        rows = [row for row in members if row["status"] in ("measured", "counted")]
+        ours = next((row for row in rows if not row.get("peer")), None)
+        red = any(row["status"] == "red" for row in members)
+        for row in members:
+            if row not in rows or ours is None or red:
+                lines.append([name, _label(row), row.get("reason", ""), "", "", ""])
+                continue
+            timed = row["status"] == ours["status"] == "measured"
+            lines.append(
+                [
+                    name,
+                    _label(row),
+                    number(1e3 * row["p50_s"]) if row["status"] == "measured" else "counted only",
+                    number(row["p50_s"] / ours["p50_s"]) if timed else "",
+                    number(row["flop"] / 1e9),
+                    number(row["flop"] / ours["flop"]) if ours["flop"] else "",
+                ]
+            )
+    return Table(stamp(result), ["", "way", "ms", "times ours", "GFLOP", "times ours, counted"], lines)
+
+
+def _headline(result: Result, kind: str) -> list[tuple[str, list[Row]]]:
+    return [(name, rows) for name, rows in groups(result).items() if any(row.get("headline") == kind for row in rows)]
+
+
+def _named(row: Row) -> str:
+    return f"{number(1e3 * row['p50_s'])} ({_label(row)})"
+
+
+def _label(row: Row) -> str:
+    return str(row.get("implementation") or row["name"].removeprefix("test_"))
+
+
+def _error(row: Row) -> str:
+    error = row["error"] if row["error"] is not None else math.nan
+    return f"{error:.1e}" + (" (rounded)" if row["kind"] == "rounded" else "")
