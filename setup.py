@@ -1,7 +1,8 @@
-"""Packages of two source roots, and the native library, which CMake builds where there is a compiler.
+"""Packages of two source roots, and the native libraries, which CMake builds where there is a compiler.
 
 REPRDPO_NATIVE = auto (build where cmake, a C++ compiler and torch >= 2.11 are found; otherwise install without,
-saying so), on (an error where it cannot be built) or off.
+saying so), on (an error where it cannot be built) or off. REPRDPO_CUDA = auto | on | off says the same of the CUDA
+library and nvcc. What was left out, and why, is written to reprdpo/lib/build.txt, a line a library, for `reprdpo doctor`.
 """
 
 import importlib.util
@@ -15,17 +16,18 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-LIBRARY = "libreprdpo_cpu.so"
+LIBRARIES = {"cpu": "libreprdpo_cpu.so", "cuda": "libreprdpo_cuda.so"}
 ISOLATED = "pip install --no-build-isolation, in an environment with torch, cmake and setuptools, builds it"
 
 
-def native_request() -> str:
-    request = os.environ.get("REPRDPO_NATIVE", "auto")
-    if request not in ("auto", "on", "off"):
-        raise SystemExit(f"REPRDPO_NATIVE must be auto, on or off, not {request!r}")
-    return request
+def request(variable: str) -> str:
+    asked = os.environ.get(variable, "auto")
+    if asked not in ("auto", "on", "off"):
+        raise SystemExit(f"{variable} must be auto, on or off, not {asked!r}")
+    return asked
 
 
 def missing_tool() -> str | None:
@@ -47,45 +49,95 @@ def missing_tool() -> str | None:
 
 
 def native_extensions() -> list[Extension]:
-    request = native_request()
-    reason = "REPRDPO_NATIVE=off" if request == "off" else missing_tool()
+    asked = request("REPRDPO_NATIVE")
+    reason = "REPRDPO_NATIVE=off" if asked == "off" else missing_tool()
     if reason is None:
-        return [Extension("reprdpo.lib.libreprdpo_cpu", sources=[], optional=request == "auto")]
-    if request == "on":
+        return [Extension("reprdpo.lib.libreprdpo_cpu", sources=[], optional=asked == "auto")]
+    if asked == "on":
         raise SystemExit(f"REPRDPO_NATIVE=on, but the native library cannot be built: {reason}")
     print(f"reprdpo: installing without the native library, on the reference backend: {reason}", file=sys.stderr)
+    LEFT_OUT["cpu"] = reason
     return []
 
 
+# Why a library is not built; BuildNotes installs it beside those that are.
+LEFT_OUT: dict[str, str] = {}
+
+
+def write_notes(library_folder: Path) -> None:
+    library_folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"{LIBRARIES[device]}: {' '.join(reason.split())}\n" for device, reason in LEFT_OUT.items()]
+    (library_folder / "build.txt").write_text("".join(lines), encoding="utf-8")
+
+
+class BuildNotes(build_py):
+    """Where nothing native is built, the installed package says why."""
+
+    def run(self) -> None:
+        super().run()
+        if LEFT_OUT:
+            write_notes((ROOT if self.editable_mode else Path(self.build_lib)) / "reprdpo" / "lib")
+
+
 class CMakeBuild(build_ext):
-    """Build the native library with CMake, for an editable install in build/native, where `make native` goes on."""
+    """Build the native libraries with CMake, for an editable install in build/native, where `make native` goes on."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split(".")[:-1]) / LIBRARY)
+        return str(Path(*fullname.split(".")[:-1]) / LIBRARIES["cpu"])
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = ROOT / "build" / "native" if self.editable_mode else Path(self.build_temp).resolve() / "native"
-        configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
-        configure += ["-DCMAKE_BUILD_TYPE=Release", f"-DREPRDPO_TESTS={'ON' if self.editable_mode else 'OFF'}"]
-        configure += [
-            f"-D{name}={os.environ[name]}" for name in ("REPRDPO_CUDA", "REPRDPO_CUDA_ARCHS") if name in os.environ
-        ]
-        if shutil.which("ninja"):
-            configure += ["-G", "Ninja"]
-        prefix = str(target.parent.parent.parent)
         try:
-            subprocess.run(configure, check=True)
-            subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
-            subprocess.run(["cmake", "--install", str(build), "--prefix", prefix], check=True)
+            self.configure(build)
+            self.install(build, "cpu", target.parent)
         except (OSError, subprocess.CalledProcessError) as error:
             if not ext.optional:
                 raise SystemExit(f"REPRDPO_NATIVE=on, but the native build failed: {error}") from error
             print(f"reprdpo: the native build failed; installing on the reference backend: {error}", file=sys.stderr)
+            LEFT_OUT["cpu"] = f"its build failed: {error}"
+        else:
+            self.build_cuda(build, target.parent)
+        write_notes(target.parent)
+
+    def configure(self, build: Path) -> None:
+        command = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
+        command += ["-DCMAKE_BUILD_TYPE=Release", f"-DREPRDPO_TESTS={'ON' if self.editable_mode else 'OFF'}"]
+        command += [
+            f"-D{name}={os.environ[name]}" for name in ("REPRDPO_CUDA", "REPRDPO_CUDA_ARCHS") if name in os.environ
+        ]
+        if shutil.which("ninja"):
+            command += ["-G", "Ninja"]
+        subprocess.run(command, check=True)
+
+    def build_cuda(self, build: Path, folder: Path) -> None:
+        status = (build / "cuda_status.txt").read_text(encoding="utf-8")
+        if status.startswith("off"):
+            LEFT_OUT["cuda"] = status.removeprefix("off: ")
+            return
+        try:
+            self.install(build, "cuda", folder)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if request("REPRDPO_CUDA") == "on":
+                raise SystemExit(f"REPRDPO_CUDA=on, but the CUDA build failed: {error}") from error
+            print(f"reprdpo: the CUDA build failed; installing without the CUDA library: {error}", file=sys.stderr)
+            LEFT_OUT["cuda"] = f"its build failed: {error}"
+
+    def install(self, build: Path, device: str, folder: Path) -> None:
+        """Build the library of ``device``, and the C++ tests with the CPU's, and install it into ``folder``."""
+        target = f"reprdpo_{device}"
+        tests = ["tests"] if device == "cpu" and self.editable_mode else []
+        subprocess.run(["cmake", "--build", str(build), "--parallel", "--target", target, *tests], check=True)
+        prefix = str(folder.parent.parent)
+        subprocess.run(["cmake", "--install", str(build), "--prefix", prefix, "--component", device], check=True)
 
     def copy_extensions_to_source(self) -> None:
-        (ROOT / "reprdpo" / "lib").mkdir(exist_ok=True)
-        super().copy_extensions_to_source()
+        built, folder = Path(self.build_lib) / "reprdpo" / "lib", ROOT / "reprdpo" / "lib"
+        folder.mkdir(exist_ok=True)
+        for name in (*LIBRARIES.values(), "build.txt"):
+            (folder / name).unlink(missing_ok=True)
+            if (built / name).exists():
+                shutil.copy2(built / name, folder / name)
 
 
 class PythonIndependentWheel(bdist_wheel):
@@ -100,5 +152,5 @@ setup(
     packages=find_packages(include=["reprdpo", "reprdpo.*"]) + find_packages("kernels"),
     package_dir={"reprdpo_kernels": "kernels/reprdpo_kernels"},
     ext_modules=native_extensions(),
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PythonIndependentWheel},
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildNotes, "bdist_wheel": PythonIndependentWheel},
 )

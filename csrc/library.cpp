@@ -1,26 +1,51 @@
-// Every native op: its schema, and which function serves it on the CPU. The public ops, torch.ops.reprdpo.*,
-// their checks, fakes and autograd are Python's (reprdpo/ops); these are called by them alone.
+// Every native op: its schema, and which function serves it on the CPU (on CUDA: library_cuda.cpp). The public ops,
+// torch.ops.reprdpo.*, their checks, fakes and autograd are Python's (reprdpo/ops); these are called by them alone.
 #include <torch/csrc/stable/library.h>
 
 #include "common/cpu_capability.h"
 #include "ops.h"
 
 namespace {
+std::string build() { return REPRDPO_BUILD; }
 std::string cpu_capability_name() { return reprdpo::name(reprdpo::cpu_capability()); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(reprdpo_native, library) {
+  library.def("cpu_build() -> str");
+  library.def("cuda_build() -> str");
   library.def("cpu_capability() -> str");
   library.def(
       "probe_reward(Tensor[] hidden_states, Tensor? index, Tensor probe_weight, Tensor probe_bias, "
       "Tensor? gate_weight, Tensor gate_bias, str gate, bool save_pooled) "
       "-> (Tensor reward, Tensor layer_scores, Tensor layer_gate, Tensor pooled)");
+  library.def(
+      "linear_token_residual(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float logit_scale, "
+      "float? softcap, float temperature, bool residual, bool entropy, bool stats) "
+      "-> (Tensor logp, Tensor row_stats, Tensor entropy, Tensor top1, Tensor mean_logit, Tensor residual)");
+  library.def(
+      "residual_weight_grad(Tensor residual, Tensor hidden, Tensor scale, Tensor(a!) out, bool accumulate) -> ()");
+  library.def(
+      "token_residual(Tensor(a!) logits, Tensor labels, Tensor? bias, float logit_scale, float? softcap, "
+      "float temperature, ScalarType? residual_dtype, bool entropy, bool stats) "
+      "-> (Tensor logp, Tensor row_stats, Tensor entropy, Tensor top1, Tensor mean_logit, Tensor residual)");
+  library.def(
+      "logprob(Tensor logits, Tensor labels, float temperature, int ignore_index) "
+      "-> (Tensor logp, Tensor row_stats)");
+  library.def(
+      "logprob_backward(Tensor grad_logp, Tensor logits, Tensor labels, Tensor row_stats, float temperature, "
+      "int ignore_index, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CompositeExplicitAutograd, library) {
+  library.impl("cpu_build", TORCH_BOX(&build));
   library.impl("cpu_capability", TORCH_BOX(&cpu_capability_name));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CPU, library) {
   library.impl("probe_reward", TORCH_BOX(&reprdpo::probe_reward_cpu));
+  library.impl("linear_token_residual", TORCH_BOX(&reprdpo::linear_token_residual_cpu));
+  library.impl("residual_weight_grad", TORCH_BOX(&reprdpo::residual_weight_grad_cpu));
+  library.impl("token_residual", TORCH_BOX(&reprdpo::token_residual_cpu));
+  library.impl("logprob", TORCH_BOX(&reprdpo::logprob_cpu));
+  library.impl("logprob_backward", TORCH_BOX(&reprdpo::logprob_backward_cpu));
 }

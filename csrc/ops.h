@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
 #include <string>
@@ -10,10 +11,26 @@
 
 namespace reprdpo {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> probe_reward_cpu(
     std::vector<Tensor> hidden_states, std::optional<Tensor> index, Tensor probe_weight, Tensor probe_bias,
     std::optional<Tensor> gate_weight, Tensor gate_bias, std::string gate, bool save_pooled);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_token_residual_cpu(
+    Tensor hidden, Tensor weight, Tensor labels, std::optional<Tensor> bias, double logit_scale,
+    std::optional<double> softcap, double temperature, bool residual, bool entropy, bool stats);
+
+void residual_weight_grad_cpu(Tensor residual, Tensor hidden, Tensor scale, Tensor out, bool accumulate);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_residual_cpu(
+    Tensor logits, Tensor labels, std::optional<Tensor> bias, double logit_scale, std::optional<double> softcap,
+    double temperature, std::optional<ScalarType> residual_dtype, bool entropy, bool stats);
+
+std::tuple<Tensor, Tensor> logprob_cpu(Tensor logits, Tensor labels, double temperature, int64_t ignore_index);
+
+void logprob_backward_cpu(Tensor grad_logp, Tensor logits, Tensor labels, Tensor row_stats, double temperature,
+                          int64_t ignore_index, Tensor out);
 
 }  // namespace reprdpo

@@ -3,17 +3,17 @@
 Shape suffixes: N tokens, n tokens of a tile, D hidden size, V vocabulary.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from reprdpo.ops import backend, checks, reference
-from reprdpo.ops.reference import Head, HeadGradients
+from reprdpo.ops import backend, checks
+from reprdpo.ops.head_schedule import fake_forward, find_scored, head_backward, head_forward
+from reprdpo.ops.head_tiles import Needs, select_head
+from reprdpo.ops.reference import Head
 
-backend.declare("linear_logprob")
+backend.declare("linear_logprob", cpu=("native",))
 
 
 class LinearLogprob(NamedTuple):
@@ -77,7 +77,7 @@ def linear_logprob(
     flat_labels_N = labels.reshape(-1).long()
     if scored_index is None:
         scored_index = find_scored(flat_labels_N, ignore_index)
-    logp_N, entropy_N, top1_N, mean_logit_N, _ = _linear_logprob(
+    logp_N, entropy_N, top1_N, mean_logit_N, *_ = _linear_logprob(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -90,6 +90,7 @@ def linear_logprob(
         return_entropy,
         return_stats,
         max_tile_bytes,
+        *gradient_needs(hidden, weight, bias),
     )
     logprob = logp_N.reshape(labels.shape)
     if not (return_entropy or return_stats):
@@ -172,205 +173,15 @@ def as_autocast_would(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), weight.to(dtype)
 
 
-def find_scored(labels_N: Tensor, ignore_index: int) -> Tensor | None:
-    """Positions of scored labels, found once for both passes; None leaves it to each pass (compiling, capturing)."""
-    if torch.compiler.is_compiling() or _capturing(labels_N):
-        return None
-    return (labels_N != ignore_index).nonzero().squeeze(1)
+# Registration. A custom op cannot see whether its inputs ask for gradients: the wrapper says so.
 
 
-# The schedule: tiles of rows whose logits are made in the forward and made again in the backward
-
-
-class TokenOutputs(NamedTuple):
-    """Per token, 0 where not scored; a quantity not asked for is empty. ``row_stats`` is [3, N]: max z, S_-y, S."""
-
-    logp: Tensor
-    entropy: Tensor
-    top1: Tensor
-    mean_logit: Tensor
-    row_stats: Tensor
-
-
-def empty_outputs(hidden_ND: Tensor, *, entropy: bool, stats: bool) -> TokenOutputs:
-    """The outputs of a forward over ``hidden_ND``, all zero."""
-    num_tokens, dtype = hidden_ND.shape[0], reference.compute_dtype(hidden_ND)
-    return TokenOutputs(
-        hidden_ND.new_zeros(num_tokens, dtype=dtype),
-        hidden_ND.new_zeros(num_tokens if entropy else 0, dtype=dtype),
-        hidden_ND.new_zeros(num_tokens if stats else 0, dtype=dtype),
-        hidden_ND.new_zeros(num_tokens if stats else 0, dtype=dtype),
-        hidden_ND.new_zeros(3, num_tokens, dtype=dtype),
+def gradient_needs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
+    """Which inputs will get a gradient: none under ``torch.no_grad``."""
+    on = torch.is_grad_enabled()
+    return Needs(
+        on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
     )
-
-
-def forward_tiles(
-    hidden_ND: Tensor,
-    head: Head,
-    labels_N: Tensor,
-    scored_index: Tensor | None,
-    *,
-    ignore_index: int,
-    entropy: bool,
-    stats: bool,
-    max_tile_bytes: int | None,
-) -> TokenOutputs:
-    """One matmul over the scored rows, tile by tile."""
-    out = empty_outputs(hidden_ND, entropy=entropy, stats=stats)
-    plan = plan_tiles(hidden_ND, head, entropy=entropy, max_tile_bytes=max_tile_bytes)
-
-    # A function, so that a tile's tensors are gone before the next tile's are made.
-    def run(index_n: Tensor) -> None:
-        hidden_nD, labels_n, ignored_n = _gather(hidden_ND, labels_N, index_n, ignore_index)
-        logits_nV = reference.head_logits(hidden_nD, head, block=plan.weight_block)
-        if stats:
-            hit_n = (logits_nV.argmax(1) == labels_n).to(logits_nV.dtype)
-            out.top1[index_n] = hit_n.masked_fill_(ignored_n, 0)
-            out.mean_logit[index_n] = logits_nV.mean(1).masked_fill_(ignored_n, 0)
-        tile = reference.token_logprob(logits_nV, labels_n, entropy=entropy)
-        out.logp[index_n] = tile.logp.masked_fill_(ignored_n, 0)
-        out.row_stats[:, index_n] = tile.row_stats
-        if tile.entropy is not None:
-            out.entropy[index_n] = tile.entropy.masked_fill_(ignored_n, 0)
-
-    with exact_matmuls(hidden_ND.device):
-        for index_n in _tile_rows(labels_N, scored_index, ignore_index, plan.rows):
-            run(index_n)
-    return out
-
-
-def backward_tiles(
-    grad_logp_N: Tensor | None,
-    grad_entropy_N: Tensor | None,
-    hidden_ND: Tensor,
-    head: Head,
-    labels_N: Tensor,
-    scored_index: Tensor | None,
-    entropy_N: Tensor,
-    row_stats_3N: Tensor,
-    *,
-    ignore_index: int,
-    max_tile_bytes: int | None,
-    hidden_grad: bool,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits again, and a matmul for each of hidden and weight that asks; an empty tensor for what does not.
-
-    Weight and bias gradients are added up over the tiles in the compute dtype and rounded once.
-    """
-    dtype, weight_VD, bias_V = row_stats_3N.dtype, head.weight, head.bias
-    hidden_grad_ND = torch.zeros_like(hidden_ND) if hidden_grad else hidden_ND.new_empty(0)
-    head_grads = HeadGradients(
-        torch.zeros_like(weight_VD, dtype=dtype) if weight_grad else None,
-        torch.zeros_like(bias_V, dtype=dtype) if bias_grad and bias_V is not None else None,
-    )
-    with_entropy = grad_entropy_N is not None
-    plan = plan_tiles(hidden_ND, head, entropy=with_entropy, max_tile_bytes=max_tile_bytes)
-
-    def run(index_n: Tensor) -> None:
-        hidden_nD, labels_n, ignored_n = _gather(hidden_ND, labels_N, index_n, ignore_index)
-        hidden_grad_nD = reference.linear_logprob_backward(
-            hidden_nD,
-            head,
-            labels_n,
-            row_stats_3N[:, index_n],
-            None if grad_logp_N is None else grad_logp_N[index_n].masked_fill_(ignored_n, 0),
-            head_grads,
-            hidden_grad=hidden_grad,
-            entropy_N=entropy_N[index_n] if with_entropy else None,
-            grad_entropy_N=None if grad_entropy_N is None else grad_entropy_N[index_n].masked_fill_(ignored_n, 0),
-            block=plan.weight_block,
-        )
-        if hidden_grad_nD is not None:
-            hidden_grad_ND[index_n] = hidden_grad_nD.to(hidden_ND.dtype)
-
-    with exact_matmuls(hidden_ND.device):
-        for index_n in _tile_rows(labels_N, scored_index, ignore_index, plan.rows):
-            run(index_n)
-    weight_out, bias_out = head_grads
-    return (
-        hidden_grad_ND,
-        weight_VD.new_empty(0) if weight_out is None else weight_out.to(weight_VD.dtype),
-        weight_VD.new_empty(0) if bias_out is None or bias_V is None else bias_out.to(bias_V.dtype),
-    )
-
-
-class TilePlan(NamedTuple):
-    """Rows whose logits are alive at once, and rows of a half-precision weight upcast at once."""
-
-    rows: int
-    weight_block: int
-
-
-def plan_tiles(hidden_ND: Tensor, head: Head, *, entropy: bool, max_tile_bytes: int | None) -> TilePlan:
-    """Tiles within the budget: a row holds its logits once, once more for a softcap's slope and for entropy each.
-
-    Raises:
-        ValueError: the budget holds not even one row, or one upcast row of the weight.
-    """
-    budget = default_tile_bytes(hidden_ND.device) if max_tile_bytes is None else max_tile_bytes
-    vocabulary, width = head.weight.shape
-    dtype = reference.compute_dtype(hidden_ND)
-    upcast_bytes = 0 if hidden_ND.dtype == dtype else max(1, width) * dtype.itemsize
-    row_bytes = vocabulary * dtype.itemsize * (1 + (head.softcap is not None) + entropy) + upcast_bytes
-    if budget < row_bytes + upcast_bytes:
-        raise ValueError(
-            f"max_tile_bytes = {budget} is too small for one row of logits over a vocabulary of {vocabulary}; "
-            f"give at least {row_bytes + upcast_bytes}"
-        )
-    block = vocabulary
-    if upcast_bytes:
-        block = min(vocabulary, max(1, min(budget // 4, budget - row_bytes) // upcast_bytes))
-    return TilePlan((budget - block * upcast_bytes) // row_bytes, block)
-
-
-def default_tile_bytes(device: torch.device) -> int:
-    """256 MiB on the CPU; on CUDA the larger of 1 GiB and 1/32 of the device's memory."""
-    if device.type == "cuda":
-        return max(2**30, torch.cuda.get_device_properties(device).total_memory // 32)
-    return 2**28
-
-
-@contextlib.contextmanager
-def exact_matmuls(device: torch.device) -> Iterator[None]:
-    """Matmuls in their operands' dtype: no autocast (it reaches into an op's body), no TF32 or bf16 for float32."""
-    backends: Any = torch.backends
-    settings = [backends.cuda.matmul, backends.mkldnn.matmul]
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        with torch.amp.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
-
-
-def _tile_rows(labels_N: Tensor, scored_index: Tensor | None, ignore_index: int, rows: int) -> Iterator[Tensor]:
-    if scored_index is None:
-        every_row = _capturing(labels_N)
-        scored_index = (
-            torch.arange(labels_N.shape[0], device=labels_N.device)
-            if every_row
-            else (labels_N != ignore_index).nonzero().squeeze(1)
-        )
-    yield from scored_index.split(rows) if scored_index.shape[0] else ()
-
-
-def _gather(hidden_ND: Tensor, labels_N: Tensor, index_n: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of a tile; one whose label is ignored becomes a zero row of label 0, so that nothing in it can leak."""
-    labels_n = labels_N[index_n]
-    ignored_n = labels_n == ignore_index
-    return hidden_ND[index_n].masked_fill_(ignored_n.unsqueeze(1), 0), labels_n.masked_fill_(ignored_n, 0), ignored_n
-
-
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-# Registration
 
 
 @torch.library.custom_op("reprdpo::linear_logprob", mutates_args=())
@@ -387,13 +198,17 @@ def _linear_logprob(
     return_entropy: bool,
     return_stats: bool,
     max_tile_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backend.select("linear_logprob", hidden)
-    return forward_tiles(
+    hidden_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return head_forward(
+        select_head("linear_logprob", hidden, weight),
         hidden,
         Head(weight, bias, logit_scale, softcap, temperature),
         labels,
         scored_index,
+        Needs(hidden_grad, weight_grad, bias_grad),
         ignore_index=ignore_index,
         entropy=return_entropy,
         stats=return_stats,
@@ -415,8 +230,21 @@ def _(
     return_entropy: bool,
     return_stats: bool,
     max_tile_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return empty_outputs(hidden, entropy=return_entropy, stats=return_stats)
+    hidden_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return fake_forward(
+        select_head("linear_logprob", hidden, weight),
+        hidden,
+        Head(weight, bias, logit_scale, softcap, temperature),
+        labels,
+        scored_index,
+        Needs(hidden_grad, weight_grad, bias_grad),
+        entropy=return_entropy,
+        stats=return_stats,
+        max_tile_bytes=max_tile_bytes,
+    )
 
 
 @torch.library.custom_op("reprdpo::linear_logprob_backward", mutates_args=())
@@ -430,6 +258,8 @@ def _linear_logprob_backward(
     scored_index: Tensor | None,
     entropy: Tensor,
     row_stats: Tensor,
+    residual: Tensor,
+    hidden_rows: Tensor,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
@@ -439,8 +269,8 @@ def _linear_logprob_backward(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend.select("linear_logprob", hidden)
-    return backward_tiles(
+    return head_backward(
+        select_head("linear_logprob", hidden, weight),
         grad_logp,
         grad_entropy,
         hidden,
@@ -449,11 +279,11 @@ def _linear_logprob_backward(
         scored_index,
         entropy,
         row_stats,
+        residual,
+        hidden_rows,
+        Needs(hidden_grad, weight_grad, bias_grad),
         ignore_index=ignore_index,
         max_tile_bytes=max_tile_bytes,
-        hidden_grad=hidden_grad,
-        weight_grad=weight_grad,
-        bias_grad=bias_grad,
     )
 
 
@@ -470,32 +300,43 @@ def _(
 
 
 def empty_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_grad: bool, weight_grad: bool, bias_grad: bool
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a head's three inputs by shape alone, empty for what does not ask."""
+    """Gradients of a head's three inputs by shape alone, in their dtypes or one given, empty for what does not ask."""
     return (
-        torch.empty_like(hidden) if hidden_grad else hidden.new_empty(0),
-        torch.empty_like(weight) if weight_grad else weight.new_empty(0),
-        torch.empty_like(bias) if bias_grad and bias is not None else weight.new_empty(0),
+        torch.empty_like(hidden, dtype=dtype) if hidden_grad else hidden.new_empty(0),
+        weight.new_empty(weight.shape if weight_grad else 0, dtype=dtype if weight_grad else None),
+        torch.empty_like(bias, dtype=dtype) if bias_grad and bias is not None else weight.new_empty(0),
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, scored_index, *constants, _, _, max_tile_bytes = inputs
-    _, entropy, top1, mean_logit, row_stats = output
-    ctx.save_for_backward(hidden, weight, bias, labels, scored_index, entropy, row_stats)
+    hidden, weight, bias, labels, scored_index, *constants, _, _, max_tile_bytes, _, _, _ = inputs
+    _, entropy, top1, mean_logit, row_stats, residual, hidden_rows = output
+    ctx.save_for_backward(hidden, weight, bias, labels, scored_index, entropy, row_stats, residual, hidden_rows)
     ctx.constants = (*constants, max_tile_bytes)
     ctx.has_entropy = entropy.shape == labels.shape
-    ctx.mark_non_differentiable(top1, mean_logit, row_stats)
+    ctx.mark_non_differentiable(top1, mean_logit, row_stats, residual, hidden_rows)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[:3]
+    if not ctx.has_entropy:
+        grad_entropy = None
+    if grad_logp is None and grad_entropy is None:
+        return (None,) * 15
     grads = _linear_logprob_backward(
-        grad_logp, grad_entropy if ctx.has_entropy else None, *ctx.saved_tensors, *ctx.constants, *needs
+        grad_logp, grad_entropy, *ctx.saved_tensors, *ctx.constants, *needs
     )
-    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 9)
+    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 12)
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_save)

@@ -10,21 +10,31 @@ import torch
 from torch import Tensor
 
 from reprdpo.ops import backend, checks, reference
+from reprdpo.ops.backend import Backend
+from reprdpo.ops.head_schedule import (
+    HeadForward,
+    Plan,
+    empty_forward,
+    find_scored,
+    head_backward,
+    head_forward,
+    plan_head,
+    planned_rows,
+)
+from reprdpo.ops.head_tiles import Needs, select_head
 from reprdpo.ops.linear_logprob import (
     as_autocast_would,
-    backward_tiles,
     check_head_arguments,
     check_integer,
     check_scored_index,
     empty_gradients,
-    empty_outputs,
-    find_scored,
-    forward_tiles,
+    gradient_needs,
 )
+from reprdpo.ops.pair_schedule import kept_dtype, pair_forward
 from reprdpo.ops.preference_loss import check_loss, check_references, confidence_per_pair
 from reprdpo.ops.reference import Head, PairBatch, PairTerms, Segments
 
-backend.declare("linear_preference_loss")
+backend.declare("linear_preference_loss", cpu=("native",))
 
 
 class SequenceStats(NamedTuple):
@@ -134,6 +144,7 @@ def linear_preference_loss(
         ignore_index,
         return_stats,
         max_tile_bytes,
+        *gradient_needs(hidden, weight, bias),
     )
     stats = SequenceStats(*stats_3S.unbind()) if return_stats else None
     return LinearPreferenceLoss(loss, logp_S[:pairs], logp_S[pairs:], reward_S[:pairs], reward_S[pairs:], stats)
@@ -192,18 +203,39 @@ def _terms(logp_S: Tensor, lengths_S: Tensor, constants: tuple[Any, ...]) -> Pai
     )
 
 
+def _plan(
+    kind: Backend,
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    scored_index: Tensor | None,
+    needs: Needs,
+    *,
+    reduction: str,
+    stats: bool,
+    max_tile_bytes: int | None,
+) -> Plan:
+    """The head's plan; tiles of whole pairs where it would make logits twice and one number is the upstream gradient."""
+    num_rows = planned_rows(labels, scored_index)
+    plan = plan_head(kind, hidden, head, num_rows, needs, entropy=stats, max_tile_bytes=max_tile_bytes)
+    if plan.keep == "nothing" and any(needs) and reduction != "none":
+        return plan._replace(keep="pairs", rows=plan.residual_rows)
+    return plan
+
+
 _INPUTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor sequence_ids, Tensor? scored_index, "
     "Tensor? ref_chosen_logp, Tensor? ref_rejected_logp, Tensor confidence, int num_sequences, float beta, "
     "str[] loss_types, float[] loss_weights, float simpo_gamma, str reduction, float logit_scale, float? softcap, "
     "float temperature, int ignore_index"
 )
+_NEEDS = "bool hidden_grad, bool weight_grad, bool bias_grad"
 
 
 @torch.library.custom_op(
     "reprdpo::linear_preference_loss",
     mutates_args=(),
-    schema=f"({_INPUTS}, bool return_stats, int? max_tile_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_INPUTS}, bool return_stats, int? max_tile_bytes, {_NEEDS}) -> ({', '.join(['Tensor'] * 10)})",
 )
 def _linear_preference_loss(
     hidden: Tensor,
@@ -227,42 +259,89 @@ def _linear_preference_loss(
     ignore_index: int,
     return_stats: bool,
     max_tile_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, log-probs [S], rewards [S], stats [3, S] (or empty), row stats [3, N] of ``linear_logprob``."""
-    backend.select("linear_preference_loss", hidden)
-    tokens = forward_tiles(
-        hidden,
-        Head(weight, bias, logit_scale, softcap, temperature),
-        labels,
-        scored_index,
-        ignore_index=ignore_index,
-        entropy=return_stats,
+    hidden_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, ...]:
+    """Loss, log-probs [S], rewards [S], stats [3, S] (or empty); what :class:`HeadForward` keeps for the backward;
+    and where the plan is "pairs", the gradients for an upstream gradient of 1."""
+    kind = select_head("linear_preference_loss", hidden, weight)
+    head, needs = Head(weight, bias, logit_scale, softcap, temperature), Needs(hidden_grad, weight_grad, bias_grad)
+    constants = (ref_chosen_logp, ref_rejected_logp, confidence, beta, loss_types, loss_weights, simpo_gamma)
+    plan = _plan(
+        *(kind, hidden, head, labels, scored_index, needs),
+        reduction=reduction,
         stats=return_stats,
         max_tile_bytes=max_tile_bytes,
     )
+    gradients = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
+    if plan.keep == "pairs":
+
+        def slopes(logp_s: Tensor, lengths_s: Tensor, pairs: slice) -> Tensor:
+            some = tuple(None if value is None else value[pairs] for value in constants[:3])
+            terms = _terms(logp_s, lengths_s, (*some, *constants[3:]))
+            return _over_pairs(torch.cat([terms.chosen_slope, terms.rejected_slope]), reduction, num_sequences)
+
+        tokens, gradients = pair_forward(
+            *(kind, hidden, head, labels, scored_index, sequence_ids, num_sequences, slopes, plan, needs),
+            ignore_index=ignore_index,
+            stats=return_stats,
+        )
+    else:
+        tokens = head_forward(
+            *(kind, hidden, head, labels, scored_index, needs),
+            ignore_index=ignore_index,
+            entropy=return_stats,
+            stats=return_stats,
+            max_tile_bytes=max_tile_bytes,
+        )
     layout = _segments(labels, sequence_ids, num_sequences, ignore_index)
     logp_S = reference.sequence_sum(tokens.logp, layout)
-    constants = (ref_chosen_logp, ref_rejected_logp, confidence, beta, loss_types, loss_weights, simpo_gamma)
     terms = _terms(logp_S, layout.offsets.diff(), constants)
-    loss = terms.loss if reduction == "none" else terms.loss.sum()
-    if reduction == "mean":
-        loss = loss / max(1, terms.loss.shape[0])
+    loss = terms.loss if reduction == "none" else _over_pairs(terms.loss.sum(), reduction, num_sequences)
     per_token = (tokens.entropy, tokens.top1, tokens.mean_logit) if return_stats else ()
     means = [reference.sequence_sum(values_N, layout, average=True) for values_N in per_token]
     stats_3S = torch.stack(means) if means else logp_S.new_empty(0)
-    return loss, logp_S, torch.cat([terms.chosen_reward, terms.rejected_reward]), stats_3S, tokens.row_stats
+    reward_S = torch.cat([terms.chosen_reward, terms.rejected_reward])
+    return loss, logp_S, reward_S, stats_3S, *_kept(tokens), *gradients
+
+
+def _over_pairs(value: Tensor, reduction: str, num_sequences: int) -> Tensor:
+    """The mean's division by the number of pairs; the mean of no pairs is 0."""
+    return value / max(1, num_sequences // 2) if reduction == "mean" else value
+
+
+def _kept(tokens: HeadForward) -> tuple[Tensor, Tensor, Tensor]:
+    return tokens.row_stats, tokens.residual, tokens.hidden_rows
 
 
 @_linear_preference_loss.register_fake
-def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_sequences, reduction, return_stats = rest[8], rest[13], rest[18]
-    row_stats_3N = empty_outputs(hidden, entropy=False, stats=False).row_stats
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, _: Tensor, scored_index: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    num_sequences, reduction, logit_scale, softcap, temperature = rest[3], *rest[8:12]
+    return_stats, max_tile_bytes, *flags = rest[13:]
+    kind = select_head("linear_preference_loss", hidden, weight)
+    head, needs = Head(weight, bias, logit_scale, softcap, temperature), Needs(*flags)
+    plan = _plan(
+        *(kind, hidden, head, labels, scored_index, needs),
+        reduction=reduction,
+        stats=return_stats,
+        max_tile_bytes=max_tile_bytes,
+    )
+    num_rows = planned_rows(labels, scored_index)
+    tokens = empty_forward(kind, hidden, weight.shape[0], num_rows, plan, needs, entropy=False, stats=False)
+    like = tokens.logp
+    gradients = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
+    if plan.keep == "pairs":
+        gradients = empty_gradients(hidden, weight, bias, *needs, dtype=kept_dtype(hidden.dtype))
     return (
-        row_stats_3N.new_empty((num_sequences // 2,) if reduction == "none" else ()),
-        row_stats_3N.new_empty(num_sequences),
-        row_stats_3N.new_empty(num_sequences),
-        row_stats_3N.new_empty((3, num_sequences) if return_stats else 0),
-        row_stats_3N,
+        like.new_empty((num_sequences // 2,) if reduction == "none" else ()),
+        like.new_empty(num_sequences),
+        like.new_empty(num_sequences),
+        like.new_empty((3, num_sequences) if return_stats else 0),
+        *_kept(tokens),
+        *gradients,
     )
 
 
@@ -270,14 +349,16 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     "reprdpo::linear_preference_loss_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor grad_loss, Tensor logp, Tensor row_stats, {_INPUTS}, int? max_tile_bytes, "
-        "bool hidden_grad, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)"
+        "(Tensor grad_loss, Tensor logp, Tensor row_stats, Tensor residual, Tensor hidden_rows, "
+        f"{_INPUTS}, int? max_tile_bytes, {_NEEDS}) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def _linear_preference_loss_backward(
     grad_loss: Tensor,
     logp: Tensor,
     row_stats: Tensor,
+    residual: Tensor,
+    hidden_rows: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -302,14 +383,13 @@ def _linear_preference_loss_backward(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend.select("linear_preference_loss", hidden)
     layout = _segments(labels, sequence_ids, num_sequences, ignore_index)
     constants = (ref_chosen_logp, ref_rejected_logp, confidence, beta, loss_types, loss_weights, simpo_gamma)
     terms = _terms(logp, layout.offsets.diff(), constants)
-    if reduction == "mean":
-        grad_loss = grad_loss / max(1, num_sequences // 2)
+    grad_loss = _over_pairs(grad_loss, reduction, num_sequences)
     grad_S = torch.cat([grad_loss * terms.chosen_slope, grad_loss * terms.rejected_slope])
-    return backward_tiles(
+    return head_backward(
+        select_head("linear_preference_loss", hidden, weight),
         reference.sequence_sum_backward(grad_S, layout, labels.shape[0]),
         None,
         hidden,
@@ -318,11 +398,11 @@ def _linear_preference_loss_backward(
         scored_index,
         hidden.new_empty(0),
         row_stats,
+        residual,
+        hidden_rows,
+        Needs(hidden_grad, weight_grad, bias_grad),
         ignore_index=ignore_index,
         max_tile_bytes=max_tile_bytes,
-        hidden_grad=hidden_grad,
-        weight_grad=weight_grad,
-        bias_grad=bias_grad,
     )
 
 
@@ -331,6 +411,8 @@ def _(
     grad_loss: Tensor,
     logp: Tensor,
     row_stats: Tensor,
+    residual: Tensor,
+    hidden_rows: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -340,16 +422,46 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, logp, reward, stats, row_stats = output
-    ctx.save_for_backward(logp, row_stats, *inputs[:9])
-    ctx.constants = (*inputs[9:-2], inputs[-1])
-    ctx.mark_non_differentiable(logp, reward, stats, row_stats)
+    _, logp, reward, stats, row_stats, residual, hidden_rows, *gradients = output
+    ctx.save_for_backward(logp, row_stats, residual, hidden_rows, *inputs[:9])
+    ctx.constants = (*inputs[9:-5], inputs[-4])
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
+    # Not saved tensors: the first backward takes them, scales them where they lie and hands them on, with no copy.
+    ctx.finished = {position: grad for position, grad in enumerate(gradients) if grad.numel()}
+    ctx.mark_non_differentiable(logp, reward, stats, row_stats, residual, hidden_rows, *gradients)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    if grad_loss.requires_grad:
+        raise NotImplementedError("linear_preference_loss has no second derivative")
     needs = ctx.needs_input_grad[:3]
-    grads = _linear_preference_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.constants, *needs)
-    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 18)
+    grads = [ctx.finished.pop(position, None) if needed else None for position, needed in enumerate(needs)]
+    missing = [needed and grad is None for needed, grad in zip(needs, grads, strict=True)]
+    for position, grad in enumerate(grads):
+        if grad is not None:
+            like = None if ctx.dtypes[position] == grad.dtype else ctx.dtypes[position]
+            grads[position] = _scaled(grad, grad_loss, like)
+    if any(missing):
+        again = _linear_preference_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.constants, *missing)
+        grads = [new if absent else old for old, new, absent in zip(grads, again, missing, strict=True)]
+    return (*grads, *[None] * 21)
+
+
+def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``grad * upstream``, multiplied in the upstream's dtype: in place, unless in another dtype or traced.
+
+    On the CPU an upstream gradient of 1 costs nothing; on CUDA looking at it would synchronise.
+    """
+    factor = upstream.reshape([1] * grad.dim())  # with a dimension, so that it takes part in type promotion
+    if dtype is not None or type(upstream) is not Tensor:
+        return (grad * factor).to(dtype or grad.dtype)
+    if upstream.is_cpu and upstream.item() == 1.0:
+        return grad
+    if upstream.is_cuda or factor.dtype == grad.dtype:
+        return torch.mul(grad, factor, out=grad)
+    for rows in grad.split(max(1, 2**20 // max(1, grad[0].numel()))):  # the CPU would upcast it whole
+        rows.copy_(rows * factor)
+    return grad
 
 
 _linear_preference_loss.register_autograd(_backward, setup_context=_save)

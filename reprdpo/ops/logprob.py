@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from reprdpo.ops import backend, checks, reference
-from reprdpo.ops.linear_logprob import check_integer, default_tile_bytes
+from reprdpo.ops.head_tiles import default_tile_bytes
+from reprdpo.ops.linear_logprob import check_integer
 
 backend.declare("logprob")
 

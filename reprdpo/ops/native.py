@@ -1,11 +1,16 @@
 """Loads the native libraries built from csrc, each once, and says why where one cannot be."""
 
 import functools
+import hashlib
 from pathlib import Path
 
 import torch
 
-_FOLDER = Path(__file__).parent.parent / "lib"
+from reprdpo import __version__
+
+_PACKAGE = Path(__file__).parent.parent
+_FOLDER = _PACKAGE / "lib"
+_SCHEMAS = _PACKAGE.parent / "csrc" / "library.cpp"  # there in a source tree alone
 
 
 def loaded(device_type: str = "cpu") -> bool:
@@ -35,10 +40,35 @@ def _load(device_type: str) -> str | None:
         if not torch.cuda.is_available():
             return "no CUDA device"
     if not path.exists():
-        needed = "nvcc" if device_type == "cuda" else "a C++ compiler"
-        return f"{path.name} is not built (run `make native`, or reinstall where {needed} is found)"
+        return _why_missing(path.name, "nvcc" if device_type == "cuda" else "a C++ compiler")
     try:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path} does not load: {error}"
+    built, wanted = _build(device_type), _wanted_build()
+    if not built.startswith(wanted):
+        return f"{path} was built for {built}, not for {wanted}: run `make native`, or reinstall"
     return None
+
+
+def _why_missing(name: str, needed: str) -> str:
+    """Why the installation left a library out, as setup.py wrote it down."""
+    notes = _FOLDER / "build.txt"
+    for line in notes.read_text(encoding="utf-8").splitlines() if notes.exists() else ():
+        if line.startswith(f"{name}: "):
+            return f"{name} is not built: {line.removeprefix(f'{name}: ')}"
+    return f"{name} is not built (run `make native`, or reinstall where {needed} is found)"
+
+
+def _build(device_type: str) -> str:
+    """The package's version and the digest of the schemas that a loaded library was built with."""
+    try:
+        return getattr(torch.ops.reprdpo_native, f"{device_type}_build")()
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return "an older version"
+
+
+def _wanted_build() -> str:
+    if not _SCHEMAS.exists():
+        return f"{__version__} "
+    return f"{__version__} {hashlib.sha256(_SCHEMAS.read_bytes()).hexdigest()[:12]}"

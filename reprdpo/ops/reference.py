@@ -1,6 +1,6 @@
 """The oracle: every op once in plain PyTorch, in the order of its formula; bf16 and fp16 are taken up to float32."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -218,26 +218,96 @@ class TokenLogprob(NamedTuple):
     entropy: Tensor | None
 
 
-def head_logits(hidden_ND: Tensor, head: Head, *, block: int | None = None) -> Tensor:
-    """Logits [N, V] in the compute dtype; a half-precision weight is upcast ``block`` rows at a time."""
-    logits_NV = _matmul_weight_t(hidden_ND, head.weight, block)
-    if head.bias is not None:
-        logits_NV += head.bias
-    if head.logit_scale != 1.0:
-        logits_NV *= head.logit_scale
-    if head.softcap is not None:
-        logits_NV.div_(head.softcap).tanh_().mul_(head.softcap)
-    if head.temperature != 1.0:
-        logits_NV /= head.temperature
-    return logits_NV
+class TokenResidual(NamedTuple):
+    """What one pass over raw logits yields a row; empty where not asked for. ``row_stats`` [3, N] is max z, S_-y, S.
+
+    top1 is 1 where the label is the argmax, else 0; mean_logit is the mean z; residual is [N, V].
+    """
+
+    logp: Tensor
+    row_stats: Tensor
+    entropy: Tensor
+    top1: Tensor
+    mean_logit: Tensor
+    residual: Tensor
+
+
+# float16 cannot hold a softmax's tail: its residual is kept times this power of two.
+HALF_RESIDUAL_SCALE = 4096.0
+
+
+def head_logits(raw_NV: Tensor, bias_V: Tensor | None, logit_scale: float, softcap: float | None, temperature: float) -> Tensor:
+    """``z = softcap * tanh(logit_scale * (raw + b) / softcap) / temperature``, written over ``raw = h W^T``."""
+    if bias_V is not None:
+        raw_NV += bias_V
+    if logit_scale != 1.0:
+        raw_NV *= logit_scale
+    if softcap is not None:
+        raw_NV.div_(softcap).tanh_().mul_(softcap)
+    if temperature != 1.0:
+        raw_NV /= temperature
+    return raw_NV
+
+
+def token_residual(
+    raw_NV: Tensor,
+    labels_N: Tensor,
+    bias_V: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    *,
+    residual_dtype: torch.dtype | None,
+    entropy: bool,
+    stats: bool,
+) -> TokenResidual:
+    """Log-prob of each label and the **residual** G, from ``raw = h W^T`` in the compute dtype, which it consumes.
+
+    ``G_iy = 1`` and ``G_ij = -exp(z_ij - m_i) / S_-y,i`` for j != y: minus the softmax over all but the label; with a
+    softcap's tanh t times ``1 - t^2``. A log-prob's upstream gradient c_i reaches the raw logits as ``a_i G_i`` with
+    ``a_i = c_i (S_-y,i / S_i) logit_scale / temperature`` (:func:`residual_scale`), where S_-y / S is 1 - p_y without
+    the cancellation: hence ``dH = a * (G W)``, ``dW = G^T (a * H)``, ``db = G^T a``.
+
+    ``residual_dtype`` None makes none; the compute dtype writes it over ``raw``; float16 is times 4096.
+    """
+    logits_NV = head_logits(raw_NV, bias_V, logit_scale, softcap, temperature)
+    nothing = logits_NV.new_empty(0)
+    slope_NV = None if residual_dtype is None else _softcap_slope(logits_NV, softcap, temperature)
+    top1_N = (logits_NV.argmax(1) == labels_N).to(logits_NV.dtype) if stats else nothing
+    mean_logit_N = logits_NV.mean(1) if stats else nothing
+    logp_N, row_stats_3N, entropy_N = token_logprob(logits_NV, labels_N, entropy=entropy)
+    entropy_N = nothing if entropy_N is None else entropy_N
+    if residual_dtype is None:
+        return TokenResidual(logp_N, row_stats_3N, entropy_N, top1_N, mean_logit_N, nothing)
+    exp_other_NV, sum_other_N = logits_NV, row_stats_3N[1]  # token_logprob leaves exp(z - m) with 0 for the label
+    # Where nothing else has mass, exp_other is 0 and so is the residual, not 0 / 0.
+    negative_sum_N = -sum_other_N.clamp(min=torch.finfo(sum_other_N.dtype).tiny)
+    residual_NV = exp_other_NV.div_(negative_sum_N.unsqueeze(1))
+    residual_NV.scatter_(1, _targets(logits_NV, labels_N)[0], 1.0)
+    if slope_NV is not None:
+        residual_NV *= slope_NV
+    if residual_dtype == torch.float16:
+        residual_NV *= HALF_RESIDUAL_SCALE
+    return TokenResidual(logp_N, row_stats_3N, entropy_N, top1_N, mean_logit_N, residual_NV.to(residual_dtype))
+
+
+def residual_scale(
+    grad_logp_N: Tensor, row_stats_3N: Tensor, labels_N: Tensor, vocabulary: int, logit_scale: float, temperature: float
+) -> Tensor:
+    """``a = c (S_-y / S) logit_scale / temperature`` of :func:`token_residual`; NaN for a label outside [0, V)."""
+    _, sum_other_N, sum_all_N = row_stats_3N.unbind()
+    scale_N = grad_logp_N * (sum_other_N / sum_all_N) * (logit_scale / temperature)
+    return scale_N.masked_fill((labels_N < 0) | (labels_N >= vocabulary), torch.nan)
 
 
 def token_logprob(logits_NV: Tensor, labels_N: Tensor, *, entropy: bool = False) -> TokenLogprob:
-    """``log p_y = -log1p(S_-y exp(m - z_y))``, m = max z, S_-y = sum over j != y of exp(z_j - m); consumes the logits.
+    """``log p_y = -log1p(S_-y exp(m - z_y))``, m = max z, S_-y = sum over j != y of exp(z_j - m).
 
     S_-y is summed and never 1 - p_y, so log p keeps its relative precision as p_y goes to 1. Far below the maximum,
     where exp(m - z_y) would overflow, ``log p_y = z_y - m - log S``. A label outside [0, V) gives NaN in its row.
     Entropy is ``log S - sum_j e_j log(e_j) / S`` with e_j = exp(z_j - m).
+
+    Consumes the logits: leaves e_j there, and 0 for the label.
     """
     target_N1, in_range_N = _targets(logits_NV, labels_N)
     row_max_N = logits_NV.amax(1)
@@ -292,51 +362,34 @@ def token_logprob_backward(
     return grad_NV.scatter_(1, target_N1, target_grad_N.unsqueeze(1))
 
 
-class HeadGradients(NamedTuple):
-    """Accumulators, in the compute dtype, of the gradients of weight [V, D] and bias [V]; None where not asked."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-def linear_logprob_backward(
-    hidden_ND: Tensor,
-    head: Head,
+def raw_logits_gradient(
+    raw_NV: Tensor,
     labels_N: Tensor,
+    bias_V: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
     row_stats_3N: Tensor,
     grad_logp_N: Tensor | None,
-    head_grads: HeadGradients,
-    *,
-    hidden_grad: bool,
-    entropy_N: Tensor | None = None,
-    grad_entropy_N: Tensor | None = None,
-    block: int | None = None,
-) -> Tensor | None:
-    """``dH = dU W``, ``dW += dU^T H``, ``db += dU^T 1`` with ``dU = dZ (1 - t^2) logit_scale / temperature``.
-
-    dZ is :func:`token_logprob_backward`'s and t the softcap's tanh; no label may be ignored.
-    """
-    logits_NV = head_logits(hidden_ND, head, block=block)
-    slope_NV = _softcap_slope(logits_NV, head)
+    entropy_N: Tensor,
+    grad_entropy_N: Tensor,
+) -> Tensor:
+    """``dZ (1 - t^2) logit_scale / temperature``, dZ being :func:`token_logprob_backward`'s; written over ``raw``."""
+    logits_NV = head_logits(raw_NV, bias_V, logit_scale, softcap, temperature)
+    slope_NV = _softcap_slope(logits_NV, softcap, temperature)
     grad_NV = token_logprob_backward(
         logits_NV, labels_N, row_stats_3N, grad_logp_N, entropy_N=entropy_N, grad_entropy_N=grad_entropy_N
     )
     if slope_NV is not None:
         grad_NV *= slope_NV
-    if head.logit_scale != head.temperature:
-        grad_NV *= head.logit_scale / head.temperature
-    if head_grads.weight is not None:
-        head_grads.weight.addmm_(grad_NV.t(), hidden_ND.to(grad_NV.dtype))
-    if head_grads.bias is not None:
-        head_grads.bias.add_(grad_NV.sum(0))
-    return _matmul_weight(grad_NV, head.weight, block) if hidden_grad else None
+    return grad_NV if logit_scale == temperature else grad_NV.mul_(logit_scale / temperature)
 
 
-def _softcap_slope(logits_NV: Tensor, head: Head) -> Tensor | None:
+def _softcap_slope(logits_NV: Tensor, softcap: float | None, temperature: float) -> Tensor | None:
     """``1 - t^2`` with t the tanh that made these logits; None without a softcap."""
-    if head.softcap is None:
+    if softcap is None:
         return None
-    slope_NV = logits_NV * (head.temperature / head.softcap)
+    slope_NV = logits_NV * (temperature / softcap)
     return slope_NV.square_().neg_().add_(1.0)
 
 
@@ -344,33 +397,6 @@ def _targets(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     vocabulary = logits_NV.shape[1]
     in_range_N = (labels_N >= 0) & (labels_N < vocabulary)
     return labels_N.clamp(0, vocabulary - 1).unsqueeze(1), in_range_N
-
-
-def _matmul_weight_t(hidden_ND: Tensor, weight_VD: Tensor, block: int | None) -> Tensor:
-    dtype = compute_dtype(weight_VD)
-    if weight_VD.dtype == dtype:
-        return hidden_ND @ weight_VD.t()
-    if hidden_ND.is_cuda:
-        return torch.mm(hidden_ND, weight_VD.t(), out_dtype=dtype)
-    logits_NV = hidden_ND.new_empty(hidden_ND.shape[0], weight_VD.shape[0], dtype=dtype)
-    hidden_ND = hidden_ND.to(dtype)
-    for columns in _weight_blocks(weight_VD, dtype, block):
-        torch.mm(hidden_ND, weight_VD[columns].to(dtype).t(), out=logits_NV[:, columns])
-    return logits_NV
-
-
-def _matmul_weight(grad_NV: Tensor, weight_VD: Tensor, block: int | None) -> Tensor:
-    hidden_grad_ND = grad_NV.new_zeros(grad_NV.shape[0], weight_VD.shape[1])
-    for columns in _weight_blocks(weight_VD, grad_NV.dtype, block):
-        hidden_grad_ND.addmm_(grad_NV[:, columns], weight_VD[columns].to(grad_NV.dtype))
-    return hidden_grad_ND
-
-
-def _weight_blocks(weight_VD: Tensor, dtype: torch.dtype, block: int | None) -> Iterator[slice]:
-    vocabulary = weight_VD.shape[0]
-    step = vocabulary if block is None or weight_VD.dtype == dtype else block
-    for start in range(0, vocabulary, step):
-        yield slice(start, min(start + step, vocabulary))
 
 
 # Sums over sequences

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from reprdpo.ops import linear_logprob, use_backend
-from reprdpo.ops.linear_logprob import backward_tiles, default_tile_bytes, forward_tiles
+from reprdpo.ops.head_schedule import head_backward, head_forward
+from reprdpo.ops.head_tiles import Needs, default_tile_bytes
 from reprdpo.ops.reference import Head
 
 HEADS = {
@@ -146,35 +147,28 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_logits_alive_stay_within_the_budget(dtype, entropy, softcap):
-    rows, width, vocabulary, budget = 64, 4, 3000, 400_000
-    hidden, weight, labels, _ = make(rows, width, vocabulary, dtype)
-    hidden, weight = hidden.detach(), weight.detach()
-    head = Head(weight, softcap=softcap)
-    small = 8 * rows * (width + 12) + (4 + weight.itemsize) * weight.numel()  # gradients, per-token numbers
+@pytest.mark.parametrize("needs", [Needs(True, True, True), Needs(True, False, False), Needs(False, False, False)])
+@pytest.mark.parametrize("budget", [500_000, 1_600_000])  # tiles; the residual of all rows with a tile beside it
+def test_logits_alive_stay_within_the_budget(dtype, entropy, softcap, needs, budget):
+    rows, width, vocabulary = 160, 4, 2000
+    hidden, weight, labels, bias = make(rows, width, vocabulary, dtype, bias=True)
+    hidden, weight, bias = hidden.detach(), weight.detach(), bias.detach()
+    head, kind = Head(weight, bias, softcap=softcap), "reference"
+    options = {"ignore_index": -100, "max_tile_bytes": budget}
+    # Beside the budget: gradients, numbers a token, and a product of a tile on its way.
+    small = 16 * rows * (width + 12) + (8 + weight.itemsize) * (weight.numel() + vocabulary)
     with LiveBytes(hidden, weight) as live:
-        out = forward_tiles(
-            hidden, head, labels, None, ignore_index=-100, entropy=entropy, stats=True, max_tile_bytes=budget
-        )
+        out = head_forward(kind, hidden, head, labels, None, needs, entropy=entropy, stats=True, **options)
     assert budget / 3 < live.peak <= budget + small
+    if not any(needs):
+        return
     grad = torch.ones(rows)
-    with LiveBytes(hidden, weight) as live:
-        backward_tiles(
-            grad,
-            grad if entropy else None,
-            hidden,
-            head,
-            labels,
-            None,
-            out.entropy,
-            out.row_stats,
-            ignore_index=-100,
-            max_tile_bytes=budget,
-            hidden_grad=True,
-            weight_grad=True,
-            bias_grad=False,
-        )
-    assert budget / 3 < live.peak <= budget + small
+    kept = out.residual.nbytes + out.hidden_rows.nbytes
+    assert kept <= budget
+    arguments = (hidden, head, labels, None, out.entropy, out.row_stats, out.residual, out.hidden_rows, needs)
+    with LiveBytes(hidden, weight, out.residual, out.hidden_rows) as live:
+        head_backward(kind, grad, grad if entropy else None, *arguments, **options)
+    assert kept + live.peak <= budget + small
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -368,23 +362,28 @@ def test_activation_checkpointing(reentrant):
     torch.testing.assert_close(hidden.grad, torch.autograd.grad(direct.sum(), hidden)[0])
 
 
+@pytest.mark.parametrize("budget", [None, 200])
 @pytest.mark.parametrize("extras", [False, True])
-def test_opcheck(extras):
+def test_opcheck(extras, budget):
     hidden, weight, labels, bias = make(5, bias=extras)
     scored = (labels != -100).nonzero()[:, 0] if extras else None
     softcap = 2.0 if extras else None
     torch.library.opcheck(
         torch.ops.reprdpo.linear_logprob.default,
-        (hidden, weight, bias, labels, scored, 0.7, softcap, 1.3, -100, extras, extras, None),
+        (*(hidden, weight, bias, labels, scored, 0.7, softcap, 1.3, -100, extras, extras, budget), True, True, extras),
+    )
+    torch.library.opcheck(  # the head frozen
+        torch.ops.reprdpo.linear_logprob.default,
+        (hidden, weight.detach(), None, labels, scored, 0.7, softcap, 1.3, -100, extras, extras, None, True, False, False),
     )
     out = torch.ops.reprdpo.linear_logprob(
-        hidden, weight, bias, labels, scored, 1.0, None, 1.0, -100, True, False, None
+        *(hidden, weight, bias, labels, scored, 1.0, None, 1.0, -100, True, False, budget, True, True, extras)
     )
     torch.library.opcheck(
         torch.ops.reprdpo.linear_logprob_backward.default,
         (
             *(out[0].detach(), out[1].detach(), hidden.detach(), weight.detach(), bias, labels, scored),
-            *(out[1].detach(), out[4], 1.0, None, 1.0, -100, None, True, not extras, extras),
+            *(out[1].detach(), *out[4:], 1.0, None, 1.0, -100, budget, True, not extras, extras),
         ),
         test_utils=("test_schema", "test_faketensor"),
     )

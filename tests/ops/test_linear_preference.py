@@ -254,23 +254,28 @@ def test_no_grad_and_frozen_weight():
     assert hidden.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("budget", [None, 7 * 8 * 5])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck(reduction):
+def test_opcheck(reduction, budget):
     hidden, weight, labels = padded([4, 0, 3, 2])
     ids = torch.arange(4).repeat_interleave(labels.shape[1])
     flat = hidden.detach().reshape(-1, 5).requires_grad_()
     inputs = (
-        *(flat, weight, None, labels.reshape(-1), ids, None, *references(2).values(), torch.rand(2).double(), 4, 0.3),
+        *(flat, weight, None, labels.reshape(-1), ids, (labels.reshape(-1) != IGNORED).nonzero()[:, 0]),
+        *(*references(2).values(), torch.rand(2).double(), 4, 0.3),
         *(["sigmoid", "sft"], [1.0, 0.5], 0.5, reduction, 1.0, None, 1.0, IGNORED),
     )
-    torch.library.opcheck(torch.ops.reprdpo.linear_preference_loss.default, (*inputs, reduction == "mean", None))
-    loss, logp, _, _, row_stats = (
-        value.detach() for value in torch.ops.reprdpo.linear_preference_loss(*inputs, True, None)
+    needs = (True, True, False)
+    torch.library.opcheck(
+        torch.ops.reprdpo.linear_preference_loss.default, (*inputs, reduction == "mean", budget, *needs)
+    )
+    loss, logp, _, _, *kept = (
+        value.detach() for value in torch.ops.reprdpo.linear_preference_loss(*inputs, True, budget, *needs)
     )
     detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
     torch.library.opcheck(
         torch.ops.reprdpo.linear_preference_loss_backward.default,
-        (torch.ones_like(loss), logp, row_stats, *detached, None, True, True, False),
+        (torch.ones_like(loss), logp, *kept[:3], *detached, budget, *needs),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -1,0 +1,14 @@
+// Which function serves a native op on CUDA; the schemas are in library.cpp, whose library is loaded first.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "ops.h"
+
+namespace {
+std::string build() { return REPRDPO_BUILD; }
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CompositeExplicitAutograd, library) {
+  library.impl("cuda_build", TORCH_BOX(&build));
+}

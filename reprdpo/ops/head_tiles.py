@@ -1,0 +1,341 @@
+"""One tile of rows against the lm_head: raw logits, the pass over them, and the products of its residual.
+
+Shape suffixes: N tokens, n tokens of a tile, D hidden size, V vocabulary.
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from reprdpo.ops import backend, reference
+from reprdpo.ops.backend import Backend
+from reprdpo.ops.reference import HALF_RESIDUAL_SCALE, Head, TokenResidual
+
+
+class Needs(NamedTuple):
+    """Which inputs of a head ask for a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+def default_tile_bytes(device: torch.device) -> int:
+    """256 MiB on the CPU; on CUDA the larger of 1 GiB and 1/32 of the device's memory."""
+    if device.type == "cuda":
+        return max(2**30, torch.cuda.get_device_properties(device).total_memory // 32)
+    return 2**28
+
+
+@contextlib.contextmanager
+def exact_matmuls(device: torch.device) -> Iterator[None]:
+    """Matmuls in their operands' dtype: no autocast (it reaches into an op's body), no TF32 or bf16 for float32."""
+    backends: Any = torch.backends
+    settings = [backends.cuda.matmul, backends.mkldnn.matmul]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        with torch.amp.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+
+
+def select_head(op: str, hidden_ND: Tensor, weight_VD: Tensor) -> Backend:
+    """The backend of an op over an lm_head; the native one reads half-precision weights in rows, else is not asked."""
+    kind = backend.select(op, hidden_ND)
+    in_rows = weight_VD.stride(1) == 1 or weight_VD.shape[1] <= 1
+    return kind if kind != "native" or in_rows or weight_VD.dtype == torch.float32 else "reference"
+
+
+def empty_residual(kind: Backend, hidden_ND: Tensor, num_rows: int, vocabulary: int) -> Tensor:
+    """Room for a residual [R, V]; in half precision the native pass writes it transposed."""
+    if kind == "native" and hidden_ND.dtype != torch.float32:
+        return hidden_ND.new_empty(vocabulary, num_rows).t()
+    return hidden_ND.new_empty(num_rows, vocabulary)
+
+
+class TileCost(NamedTuple):
+    """Bytes alive while a tile is worked on: a row's, for its logits, residual and pass, and once a tile."""
+
+    logits: int  # a row's logits, which in the compute dtype are also its residual
+    residual: int  # a row's residual beside them, in half precision
+    work: int  # temporaries of the pass, a row, over `work_rows` rows at once
+    work_rows: int
+    upcast: int  # a row of a half-precision weight taken up to the compute dtype
+
+    def rows(self, budget: int, *, residual: bool) -> int:
+        """Rows whose logits, and residual where asked for, fit the budget."""
+        row = self.logits + (self.residual if residual else 0)
+        return max(budget // max(1, row + self.work), (budget - self.work_rows * self.work) // max(1, row))
+
+
+def tile_cost(kind: Backend, hidden_ND: Tensor, head: Head, *, entropy: bool) -> TileCost:
+    """What a tile costs: the reference's pass has temporaries; the native one has no logits in half precision."""
+    vocabulary, width = head.weight.shape
+    dtype = reference.compute_dtype(hidden_ND)
+    full_row = vocabulary * dtype.itemsize
+    half = hidden_ND.dtype != dtype
+    # CUDA multiplies half precision as it is, but float16 gradients of the weight pass through float32 blocks.
+    by_blocks = half and (hidden_ND.device.type == "cpu" or hidden_ND.dtype == torch.float16)
+    upcast = max(1, width) * dtype.itemsize if by_blocks else 0
+    # Upcast beside a row's logits: its hidden state, and its part of a column block of the residual.
+    beside = upcast + dtype.itemsize if upcast else 0
+    half_row = vocabulary * hidden_ND.dtype.itemsize if half else 0
+    native_half = half and kind == "native"
+    work = full_row * ((head.softcap is not None) + entropy) + half_row if kind == "reference" else 0
+    return TileCost(
+        logits=beside if native_half else full_row + beside,
+        residual=half_row,
+        work=full_row if native_half else work,
+        work_rows=max(32, 2**24 // full_row) if native_half else _work_rows(hidden_ND.device, full_row),
+        upcast=upcast,
+    )
+
+
+def _work_rows(device: torch.device, row_bytes: int) -> int:
+    """Rows of the reference's pass: on the CPU what a cache holds."""
+    return max(1, (2**22 if device.type == "cpu" else 2**26) // row_bytes)
+
+
+class HeadTiles:
+    """The lm_head over tiles of at most ``rows`` rows on one backend, whose raw logits share one buffer."""
+
+    def __init__(self, kind: Backend, head: Head, rows: int, upcast_bytes: int) -> None:
+        self.kind, self.head, self.rows, self.upcast_bytes = kind, head, rows, upcast_bytes
+        self._buffer: Tensor | None = None
+
+    def run(
+        self,
+        hidden_nD: Tensor,
+        labels_n: Tensor,
+        *,
+        residual: bool = False,
+        entropy: bool = False,
+        stats: bool = False,
+        out: Tensor | None = None,
+    ) -> TokenResidual:
+        """Log-probs and what else is asked. A residual in the compute dtype lies in ``out``, or until the next tile."""
+        head, half = self.head, hidden_nD.dtype != reference.compute_dtype(hidden_nD)
+        if half and self.kind == "native":
+            return TokenResidual(
+                *torch.ops.reprdpo_native.linear_token_residual(
+                    hidden_nD, head.weight, labels_n, *head[1:], residual, entropy, stats
+                )
+            )
+        raw_nV = self.raw_logits(hidden_nD, out)
+        options = {
+            "residual_dtype": hidden_nD.dtype if residual else None,
+            "entropy": entropy,
+            "stats": stats,
+        }
+        if self.kind == "reference":
+            return _reference_pass(raw_nV, labels_n, head, **options)
+        if self.kind == "native":
+            return TokenResidual(
+                *torch.ops.reprdpo_native.token_residual(raw_nV, labels_n, *head[1:], *options.values())
+            )
+        return TokenResidual(*_triton().token_residual(raw_nV, labels_n, *head[1:], **options))
+
+    def raw_logits(self, hidden_nD: Tensor, out: Tensor | None = None) -> Tensor:
+        """``h W^T`` in the compute dtype, from exact products, in ``out`` or the buffer."""
+        weight_VD = self.head.weight
+        dtype = reference.compute_dtype(hidden_nD)
+        if out is None:
+            if self._buffer is None:
+                self._buffer = hidden_nD.new_empty(max(self.rows, 1), weight_VD.shape[0], dtype=dtype)
+            out = self._buffer[: hidden_nD.shape[0]]
+        if weight_VD.dtype == dtype:
+            return torch.mm(hidden_nD, weight_VD.t(), out=out)
+        if hidden_nD.is_cuda:
+            return torch.mm(hidden_nD, weight_VD.t(), out_dtype=dtype, out=out)
+        hidden_nD = hidden_nD.to(dtype)
+        for columns in _weight_blocks(weight_VD, 0, self.upcast_bytes):
+            torch.mm(hidden_nD, weight_VD[columns].to(dtype).t(), out=out[:, columns])
+        return out
+
+
+@functools.cache
+def _triton() -> Any:
+    return importlib.import_module("reprdpo_kernels.logprob")
+
+
+def _reference_pass(
+    raw_nV: Tensor,
+    labels_n: Tensor,
+    head: Head,
+    *,
+    residual_dtype: torch.dtype | None,
+    entropy: bool,
+    stats: bool,
+) -> TokenResidual:
+    """The oracle's pass, a few rows at a time, so that its temporaries stay small."""
+    rows = _work_rows(raw_nV.device, raw_nV.shape[1] * raw_nV.dtype.itemsize)
+    residual_nV = raw_nV if residual_dtype == raw_nV.dtype else raw_nV.new_empty(0)
+    if residual_dtype not in (None, raw_nV.dtype):
+        residual_nV = torch.empty_like(raw_nV, dtype=residual_dtype)
+    parts = []
+    for start in range(0, raw_nV.shape[0], rows):
+        block = slice(start, start + rows)
+        part = reference.token_residual(
+            raw_nV[block], labels_n[block], *head[1:], residual_dtype=residual_dtype, entropy=entropy, stats=stats
+        )
+        if residual_dtype not in (None, raw_nV.dtype):
+            residual_nV[block] = part.residual
+        parts.append(part[:-1])
+    # [n] and [3, n] alike are joined along n.
+    return TokenResidual(*(torch.cat(values, dim=-1) for values in zip(*parts, strict=True)), residual_nV)
+
+
+# The two products of a residual G with row scales a. Half-precision operands go to the vendor's GEMM as they are where
+# it accumulates in float32; its output is rounded once.
+
+
+def hidden_product(residual_nV: Tensor, weight_VD: Tensor, upcast_bytes: int) -> Tensor:
+    """``G W`` [n, D], in the compute dtype, or in bfloat16 where the CPU's GEMM rounds to it."""
+    dtype = reference.compute_dtype(weight_VD)
+    if weight_VD.dtype == dtype or _rounding_gemm(residual_nV):
+        return residual_nV @ weight_VD
+    if residual_nV.is_cuda:
+        product_nD = torch.mm(residual_nV, weight_VD, out_dtype=dtype)
+    else:
+        product_nD = residual_nV.new_zeros(residual_nV.shape[0], weight_VD.shape[1], dtype=dtype)
+        for columns in _weight_blocks(weight_VD, residual_nV.shape[0], upcast_bytes):
+            product_nD.addmm_(residual_nV[:, columns].to(dtype), weight_VD[columns].to(dtype))
+    return product_nD.div_(HALF_RESIDUAL_SCALE) if weight_VD.dtype == torch.float16 else product_nD
+
+
+def scaled_rows(rows_nD: Tensor, scale_n: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a * rows``, multiplied in the dtype of a and rounded once."""
+    return torch.mul(rows_nD, scale_n.unsqueeze(1)).to(dtype)
+
+
+class GradientSum:
+    """The gradients of hidden, weight and bias, added up over tiles; written once in ``dtype``.
+
+    A single tile's product goes straight there; where several meet, the weight's are added up in the compute dtype,
+    from exact products.
+    """
+
+    def __init__(
+        self,
+        kind: Backend,
+        hidden_ND: Tensor,
+        head: Head,
+        needs: Needs,
+        *,
+        single_tile: bool,
+        upcast_bytes: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.kind, self.head, self.needs = kind, head, needs
+        self.single_tile, self.upcast_bytes = single_tile, upcast_bytes
+        self.dtype = dtype or hidden_ND.dtype
+        self.bias_dtype = dtype if head.bias is None or dtype else head.bias.dtype
+        self.hidden = torch.zeros_like(hidden_ND, dtype=self.dtype) if needs.hidden else hidden_ND.new_empty(0)
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def add(self, residual_nV: Tensor, scale_n: Tensor, hidden_nD: Tensor, index_n: Tensor) -> None:
+        """A tile of rows at ``index_n``, whose raw logits have the gradient ``a G``."""
+        if self.needs.hidden:
+            rows_nD = hidden_product(residual_nV, self.head.weight, self.upcast_bytes)
+            self.hidden.index_copy_(0, index_n, scaled_rows(rows_nD, scale_n, self.dtype))
+        if self.needs.weight:
+            self._add_weight(residual_nV, scale_n, hidden_nD)
+        if self.needs.bias:
+            bias_V = _column_sum(residual_nV, scale_n)
+            self.bias = bias_V if self.bias is None else self.bias.add_(bias_V)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three gradients: zero where no tile came, empty for an input that does not ask."""
+        weight_VD, bias_V = self.head.weight, self.head.bias
+        weight_grad, bias_grad = weight_VD.new_empty(0), weight_VD.new_empty(0)
+        if self.needs.weight:
+            total = weight_VD.new_zeros(weight_VD.shape, dtype=self.dtype) if self.weight is None else self.weight
+            weight_grad = total.to(self.dtype)
+        if self.needs.bias and bias_V is not None:
+            bias_grad = (torch.zeros_like(bias_V) if self.bias is None else self.bias).to(self.bias_dtype)
+        return self.hidden, weight_grad, bias_grad
+
+    def _add_weight(self, residual_nV: Tensor, scale_n: Tensor, hidden_nD: Tensor) -> None:
+        """``G^T (a * H)``."""
+        compute, dtype = scale_n.dtype, self.head.weight.dtype
+        whole = dtype == compute or (dtype == torch.bfloat16 and residual_nV.is_cuda)
+        first = self.weight is None
+        native = self.kind == "native" and dtype != compute
+        if self.single_tile and not native and (whole or _rounding_gemm(residual_nV)):
+            self.weight = torch.mm(residual_nV.t(), scaled_rows(hidden_nD, scale_n, dtype))
+            return
+        if self.weight is None:
+            self.weight = hidden_nD.new_empty(self.head.weight.shape, dtype=self.dtype if self.single_tile else compute)
+        if native:
+            if dtype == torch.float16:
+                scale_n = scale_n / HALF_RESIDUAL_SCALE
+            torch.ops.reprdpo_native.residual_weight_grad(residual_nV, hidden_nD, scale_n, self.weight, not first)
+            return
+        if whole:
+            rows_nD = scaled_rows(hidden_nD, scale_n, dtype)
+            options = {} if dtype == compute else {"out_dtype": compute}
+            # With beta = 0 what the fresh memory holds is not read.
+            torch.addmm(self.weight, residual_nV.t(), rows_nD, **options, beta=0 if first else 1, out=self.weight)
+            return
+        for columns, product_vD in self._weight_products(residual_nV, scale_n, hidden_nD):
+            if first:
+                self.weight[columns] = product_vD
+            else:
+                self.weight[columns] += product_vD
+
+    def _weight_products(
+        self, residual_nV: Tensor, scale_n: Tensor, hidden_nD: Tensor
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """``G^T (a * H)`` in the compute dtype, some rows of the weight at a time."""
+        compute, dtype = scale_n.dtype, self.head.weight.dtype
+        rows_nD, undo = scaled_rows(hidden_nD, scale_n, compute), torch.ones_like(scale_n[:1])
+        if residual_nV.is_cuda:
+            # float16 rows, brought up by the power of two that makes the largest |a| about 1.
+            exponent = torch.frexp(scale_n.abs().amax()).exponent
+            rows_nD, undo = rows_nD.ldexp_(-exponent).to(dtype), torch.ldexp(undo, exponent)
+        if dtype == torch.float16:
+            undo = undo / HALF_RESIDUAL_SCALE
+        for columns in _weight_blocks(self.head.weight, residual_nV.shape[0], self.upcast_bytes):
+            block_vn = residual_nV[:, columns].t()
+            if residual_nV.is_cuda:
+                product_vD = torch.mm(block_vn, rows_nD, out_dtype=compute)
+            else:
+                product_vD = block_vn.to(compute) @ rows_nD
+            yield columns, product_vD if dtype != torch.float16 else product_vD.mul_(undo)
+
+
+def _column_sum(residual_nV: Tensor, scale_n: Tensor) -> Tensor:
+    """``G^T a`` [V] in the compute dtype, some rows upcast at a time."""
+    total_V = scale_n.new_zeros(residual_nV.shape[1])
+    rows = _work_rows(residual_nV.device, residual_nV.shape[1] * scale_n.dtype.itemsize)
+    for residual_rV, scale_r in zip(residual_nV.split(rows), scale_n.split(rows), strict=True):
+        total_V += scale_r @ residual_rV.to(scale_n.dtype)
+    return total_V.div_(HALF_RESIDUAL_SCALE) if residual_nV.dtype == torch.float16 else total_V
+
+
+def _rounding_gemm(tensor: Tensor) -> bool:
+    """Whether the CPU multiplies bfloat16 as it is: sums in float32, the output rounded."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and _mkldnn_bf16()
+
+
+@functools.cache
+def _mkldnn_bf16() -> bool:
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _weight_blocks(weight_VD: Tensor, beside: int, upcast_bytes: int) -> Iterator[slice]:
+    """Rows of the weight whose upcast, with ``beside`` more numbers each, fits ``upcast_bytes``; at least one."""
+    vocabulary, width = weight_VD.shape
+    step = max(1, upcast_bytes // (max(1, width + beside) * reference.compute_dtype(weight_VD).itemsize))
+    for start in range(0, vocabulary, step):
+        yield slice(start, min(start + step, vocabulary))
