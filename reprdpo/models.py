@@ -1,30 +1,20 @@
-"""What the library needs of a transformers causal LM: loading it, its decoder, its layers, its head."""
+"""What the library needs of a transformers causal LM: loading it, its decoder, its layers, its lm_head."""
 
 import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from reprdpo import ops
 from reprdpo.errors import UserError
 from reprdpo.files import looks_local
-
-
-class HeadSpec(NamedTuple):
-    """How a model turns its final hidden states into logits: ``softcap * tanh(scale * (h W^T + b) / softcap)``."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
 
 
 def load_causal_lm(
@@ -108,75 +98,26 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     raise UserError(f"{type(model).__name__}: no list of {wanted} decoder layers under {type(stack).__name__}")
 
 
-def output_head(model: nn.Module) -> nn.Module:
-    """The lm_head: a module with ``weight`` [V, D] and perhaps ``bias`` [V]."""
+def output_head(model: nn.Module) -> Any:
+    """The lm_head: a module with ``weight`` [V, D] and perhaps ``bias`` [V]; see :mod:`reprdpo.heads` for its use."""
     head = unwrap(model).get_output_embeddings()
     if head is None or not hasattr(head, "weight"):
         raise UserError(f"{type(model).__name__}: no lm_head (get_output_embeddings() gives none)")
     return head
 
 
-def head_spec(model: nn.Module) -> HeadSpec:
-    """The head's weight and bias, and the logit scale (Cohere, Granite) and softcap (Gemma 2) of the configuration.
-
-    :func:`check_head` says whether a model's own logits agree.
-    """
-    head: Any = output_head(model)
-    config = unwrap(model).config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return HeadSpec(
-        head.weight, getattr(head, "bias", None), _logit_scale(config), None if softcap is None else float(softcap)
-    )
-
-
-def token_logps(model: nn.Module, hidden: Tensor, labels: Tensor, scored_index: Tensor) -> Tensor:
-    """Log-probs [B, T] float32 of shifted ``labels`` under final hidden states [B, T, D], 0 where not scored."""
-    head = head_spec(model)
-    logps = ops.linear_logprob(
-        hidden,
-        head.weight,
-        labels,
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        scored_index=scored_index,
-    )
-    assert isinstance(logps, Tensor)
-    return logps
-
-
-@torch.no_grad()
-def check_head(model: nn.Module) -> None:
-    """Compare the logits of a few tokens with what :func:`head_spec` makes of the decoder's states.
-
-    Raises:
-        UserError: they differ, so that log-probabilities read through the head alone would be wrong.
-    """
-    found = unwrap(model)
-    spec = head_spec(model)
-    ids_BT = torch.arange(min(8, spec.weight.shape[0]), device=spec.weight.device)[None]
-    was_training = found.training
-    found.eval()
-    logits_BTV = found(input_ids=ids_BT).logits.float()
-    hidden_BTD = decoder(model)(input_ids=ids_BT).last_hidden_state
-    found.train(was_training)
-    mine_BTV = nn.functional.linear(hidden_BTD.to(spec.weight.dtype), spec.weight, spec.bias).float() * spec.logit_scale
-    if spec.softcap is not None:
-        mine_BTV = spec.softcap * torch.tanh(mine_BTV / spec.softcap)
-    error = (logits_BTV - mine_BTV).abs().max()
-    if not error <= 8 * torch.finfo(spec.weight.dtype).eps * logits_BTV.abs().max().clamp(min=1.0):
-        raise UserError(
-            f"{type(found).__name__}: its logits are not softcap(scale * (W h + b)) of its last hidden state "
-            f"(off by {error:.2g}); this architecture's head is not supported"
-        )
-
-
 def unwrap(model: nn.Module) -> Any:
-    """The model under DistributedDataParallel's or torch.compile's wrapper."""
+    """The model under the wrapper of DistributedDataParallel, torch.compile or peft."""
     wrapped: Any = model
-    while hasattr(wrapped, "module") or hasattr(wrapped, "_orig_mod"):
-        wrapped = wrapped.module if hasattr(wrapped, "module") else wrapped._orig_mod
-    return wrapped
+    while True:
+        if hasattr(wrapped, "module"):
+            wrapped = wrapped.module
+        elif hasattr(wrapped, "_orig_mod"):
+            wrapped = wrapped._orig_mod
+        elif hasattr(wrapped, "get_base_model"):
+            wrapped = wrapped.get_base_model()
+        else:
+            return wrapped
 
 
 def matmul_parameters(module: nn.Module) -> int:
@@ -188,7 +129,7 @@ def matmul_parameters(module: nn.Module) -> int:
 def forward_flop(model: nn.Module, tokens: int, scored: int = 0) -> int:
     """Matmul FLOP of a forward over ``tokens``, the head applied to ``scored`` of them."""
     return 2 * matmul_parameters(decoder(model)) * tokens + (
-        2 * head_spec(model).weight.numel() * scored if scored else 0
+        2 * output_head(model).weight.numel() * scored if scored else 0
     )
 
 
@@ -200,15 +141,6 @@ def model_fingerprint(model: nn.Module) -> str:
         flat = parameter.detach().cpu().contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _logit_scale(config: Any) -> float:
-    # MPT keeps an unused `logit_scale`; HyperCLOVA X multiplies by the name Granite divides by.
-    scale = 1.0 if config.model_type == "mpt" else getattr(config, "logit_scale", None) or 1.0
-    for multiplier in ("lm_head_multiplier", "output_multiplier"):
-        scale *= getattr(config, multiplier, None) or 1.0
-    scaling = getattr(config, "logits_scaling", None) or 1.0
-    return float(scale * scaling if config.model_type.startswith("hyperclovax") else scale / scaling)
 
 
 def _where(path: str | Path, what: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from reprdpo.data import ResponseCollator, length_grouped_batches
 from reprdpo.errors import UserError
-from reprdpo.models import decoder, token_logps
+from reprdpo.heads import token_logps
 
 
 @torch.inference_mode()
@@ -42,7 +42,7 @@ def perplexity(
                 name: value.to(model.device) if isinstance(value, Tensor) else value
                 for name, value in collate([rows[row] for row in batch]).items()
             }
-            total -= float(_summed_logprob(model, inputs))
+            total -= float(token_logps(model, inputs).sum(dtype=torch.float64))
             count += inputs["scored_index"].numel()
     finally:
         model.train(was_training)
@@ -50,14 +50,6 @@ def perplexity(
         raise UserError("perplexity: not one token to score; each text needs at least one token after its prompt")
     mean = total / count
     return math.exp(mean) if mean < 700 else math.inf
-
-
-def _summed_logprob(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    hidden_BTD = decoder(model)(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-    ).last_hidden_state
-    logprob_BT = token_logps(model, hidden_BTD, inputs["labels"], inputs["scored_index"])
-    return logprob_BT.sum(dtype=torch.float64)
 
 
 def _pad_token_id(model: PreTrainedModel) -> int:

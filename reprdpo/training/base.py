@@ -76,7 +76,7 @@ class BaseTrainer(Trainer):
 
     def _sizes(self) -> tuple[int, int]:
         """The parameters of decoder and head that multiply a token."""
-        return models.matmul_parameters(models.decoder(self.model)), models.head_spec(self.model).weight.numel()
+        return models.matmul_parameters(models.decoder(self.model)), models.output_head(self.model).weight.numel()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # The trainer state marks a checkpoint as whole: an old one must not vouch for files being rewritten.

@@ -1,6 +1,6 @@
 """Reference log-probabilities, computed once by a forward-only pass and cached by the content they depend on.
 
-Shape suffixes: B sequences of a batch, T padded length, D hidden size, N scored tokens.
+Shape suffixes: B sequences of a batch, T padded length, N scored tokens.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reprdpo import costs, files, models, ops
+from reprdpo import costs, files, heads, models, ops
 from reprdpo.data import ResponseCollator, length_grouped_batches
 
 _FORMAT = "1"
@@ -71,11 +71,8 @@ def reference_logps(
 
 def batch_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Summed log-probs [B] float32 of a batch of :class:`~reprdpo.data.ResponseCollator`."""
-    hidden_BTD = models.decoder(model)(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state
     labels_BT, scored_N = batch["labels"], batch["scored_index"]
-    logps_BT = models.token_logps(model, hidden_BTD, labels_BT, scored_N)
+    logps_BT = heads.token_logps(model, batch)
     costs.count(models.forward_flop(model, labels_BT.numel(), scored=len(scored_N)))
     num_rows, length = labels_BT.shape
     return ops.sequence_sum(

@@ -8,9 +8,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from reprdpo import models
+from reprdpo import heads
 from reprdpo.data import ResponseCollator
-from reprdpo.reward import HiddenStateTap
 from reprdpo.training.base import BaseTrainer, padding_id
 from reprdpo.training.config import ReprSFTConfig
 
@@ -38,7 +37,7 @@ class ReprSFTTrainer(BaseTrainer):
         callbacks: Sequence[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        models.check_head(model)
+        heads.check_head(model)
         super().__init__(
             model=model,
             args=args,
@@ -63,14 +62,7 @@ class ReprSFTTrainer(BaseTrainer):
         num_items_in_batch: int | None = None,
     ) -> Any:
         """Token mean over the optimizer step in training, over the batch in evaluation."""
-        with HiddenStateTap(model) as tap:
-            model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                logits_to_keep=1,
-                use_cache=False,
-            )
-        logps = models.token_logps(model, tap.states[-1], inputs["labels"], inputs["scored_index"])
+        logps = heads.token_logps(model, inputs)
         loss = -logps.sum() / max(inputs["scored_index"].numel(), 1)
         if model.training and num_items_in_batch:
             # training_step divides by the accumulation steps; undone here, as the mean is over tokens.

@@ -18,9 +18,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from reprdpo import costs, files, models, ops
+from reprdpo import costs, files, ops
 from reprdpo.data import PreferenceCollator, tokenize_preferences
 from reprdpo.errors import UserError
+from reprdpo.heads import HeadSpec, check_head, run_at_head
+from reprdpo.ops import LinearPreferenceLoss
 from reprdpo.ops.reference import PAIR_LOSSES
 from reprdpo.reward import HiddenStateTap, HybridReward, RewardUpdater
 from reprdpo.training.base import BaseTrainer, autocast_dtype, padding_id
@@ -84,7 +86,7 @@ class ReprDPOTrainer(BaseTrainer):
             raise UserError('confidence_source: "reward" needs a fitted reward; pass reward=, or set it to "fixed"')
         if reward is not None:
             reward.check_base(model, allow_descendant=args.allow_reward_descendant)
-        models.check_head(model)
+        check_head(model)
         super().__init__(
             model=model,
             args=args,
@@ -116,33 +118,37 @@ class ReprDPOTrainer(BaseTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The mean loss over the batch's pairs, Eq. 5 with gamma from Eq. 8 or fixed."""
+        scored: list[_Hybrid] = []
+
+        def loss_at_head(hidden_STD: Tensor, head: HeadSpec) -> LinearPreferenceLoss:
+            confidence: float | Tensor = self.args.fixed_confidence
+            if self.reward is not None:
+                timed = self.costs.reward if model.training else contextlib.nullcontext()
+                with timed, torch.autocast(hidden_STD.device.type, enabled=False):
+                    scored.append(self._score(self.reward, tap.states, inputs))
+                if self.args.confidence_source == "reward":
+                    confidence = scored[0].confidence
+            return ops.linear_preference_loss(
+                hidden_STD,
+                labels=inputs["labels"],
+                ref_chosen_logp=inputs.get("ref_chosen_logps"),
+                ref_rejected_logp=inputs.get("ref_rejected_logps"),
+                beta=self.args.beta,
+                confidence=confidence,
+                loss_type=self.args.loss_type,
+                scored_index=inputs["scored_index"],
+                **head._asdict(),
+            )
+
         with HiddenStateTap(model) as tap:
-            model(
+            result = run_at_head(
+                model,
+                loss_at_head,
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                logits_to_keep=1,
                 use_cache=False,
             )
-        hybrid = None
-        if self.reward is not None:
-            with self.costs.reward if model.training else contextlib.nullcontext():
-                hybrid = self._score(self.reward, tap.states, inputs)
-        by_reward = hybrid is not None and self.args.confidence_source == "reward"
-        head = models.head_spec(model)
-        result = ops.linear_preference_loss(
-            tap.states[-1],
-            head.weight,
-            inputs["labels"],
-            ref_chosen_logp=inputs.get("ref_chosen_logps"),
-            ref_rejected_logp=inputs.get("ref_rejected_logps"),
-            beta=self.args.beta,
-            confidence=hybrid.confidence if hybrid is not None and by_reward else self.args.fixed_confidence,
-            loss_type=self.args.loss_type,
-            scored_index=inputs["scored_index"],
-            bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-        )
+        hybrid = scored[0] if scored else None
         self._record(result, hybrid, training=model.training)
         return (result.loss, {"loss": result.loss}) if return_outputs else result.loss
 
