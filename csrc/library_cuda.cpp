@@ -12,3 +12,8 @@ std::string build() { return REPRDPO_BUILD; }
 STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CompositeExplicitAutograd, library) {
   library.impl("cuda_build", TORCH_BOX(&build));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CUDA, library) {
+  library.impl("probe_reward", TORCH_BOX(&reprdpo::probe_reward_cuda));
+  library.impl("probe_reward_backward", TORCH_BOX(&reprdpo::probe_reward_backward_cuda));
+}

@@ -1,6 +1,9 @@
 """The native library as it is built and loaded, and what the build says where it cannot."""
 
+import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +21,7 @@ needs_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no s
 @needs_native
 def test_status_names_the_file_and_the_instruction_set():
     assert native.status().endswith(f"({torch.ops.reprdpo_native.cpu_capability()})")
-    assert torch.ops.reprdpo_native.cpu_capability() in ("portable", "avx2", "avx512")
+    assert torch.ops.reprdpo_native.cpu_capability() in ("portable", "avx2", "avx512", "avx512bf16")
 
 
 @needs_native
@@ -67,6 +70,46 @@ def test_native_op_reads_no_memory_that_is_not_there(changes, words):
         arguments[place] = value
     with pytest.raises(RuntimeError, match=words):
         torch.ops.reprdpo_native.probe_reward(*arguments)
+
+
+@needs_source
+def test_a_library_of_other_schemas_is_refused(monkeypatch):
+    monkeypatch.setattr(native, "_wanted_build", lambda: "0.0.9 0123456789ab")
+    native._load.cache_clear()
+    try:
+        assert not native.loaded()
+        words = "was built for .* not for 0.0.9 0123456789ab: run `make native`|is not built"
+        assert re.search(words, native.status())
+    finally:
+        native._load.cache_clear()
+
+
+def test_status_gives_the_reason_that_the_installation_wrote_down(monkeypatch, tmp_path):
+    (tmp_path / "build.txt").write_text("libreprdpo_cpu.so: its build failed: no space\n", encoding="utf-8")
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    native._load.cache_clear()
+    try:
+        assert native.status("cpu") == "libreprdpo_cpu.so is not built: its build failed: no space"
+        assert native.status("cuda") == native.status("cpu")
+    finally:
+        native._load.cache_clear()
+
+
+def cuobjdump():
+    triton = importlib.util.find_spec("triton")
+    places = [Path(folder) / "backends/nvidia/bin" for folder in triton.submodule_search_locations] if triton else []
+    return shutil.which("cuobjdump", path=os.pathsep.join([*map(str, places), os.environ.get("PATH", "")]))
+
+
+def test_no_cuda_kernel_spills():
+    library = native._path("cuda")
+    if not library.exists() or cuobjdump() is None:
+        pytest.skip("no CUDA library built here, or no cuobjdump to read it")
+    done = subprocess.run([cuobjdump(), "-res-usage", library], capture_output=True, text=True, check=True)
+    kernels = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", done.stdout)
+    assert kernels
+    assert [name for name, _, stack, local in kernels if int(stack) or int(local)] == []
+    assert max(int(registers) for _, registers, _, _ in kernels) <= 128  # two blocks of 256 threads
 
 
 def setup_py(**variables):

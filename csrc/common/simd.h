@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "common/element_types.h"
+
 #if defined(REPRDPO_CAPABILITY_AVX512BF16)
 #define REPRDPO_CAPABILITY_AVX512
 #endif
@@ -16,14 +18,6 @@
 #endif
 
 namespace reprdpo {
-
-// Storage only; arithmetic is in float.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
 
 namespace REPRDPO_CAPABILITY {
 
