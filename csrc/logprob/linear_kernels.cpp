@@ -130,6 +130,7 @@ void convert_row(const T* row, int64_t depth, typename OpOf<T>::type::Unit* unit
 }
 
 void pack_rows(const Rows& rows, int64_t first, int64_t count, void* panel) {
+  if (rows.depth == 0) return;
   memset(panel, 0, static_cast<size_t>(panel_bytes(rows.type, rows.depth)));
   with_type(rows.type, [&](auto element) {
     using T = decltype(element);
@@ -168,6 +169,7 @@ void scale_row(const From* row, int64_t count, float scale, To* scaled) {
 
 void pack_columns(const Rows& rows, int64_t depth, const float* scale, int64_t first, int64_t count,
                   void* panel) {
+  if (depth == 0) return;
   with_type(rows.type, [&](auto element) {
     using T = decltype(element);
     using Op = typename OpOf<T>::type;
