@@ -268,14 +268,11 @@ void residual_hidden_grad_cpu(Tensor residual, Tensor weight, Tensor scale, Tens
   const int64_t element_size = static_cast<int64_t>(residual.element_size());
   const LinearKernels& k = kernels();
 
-  // The vocabulary in slices, packed part by part so that memory is read in order, then multiplied panel by
-  // panel.
+  // The vocabulary in slices packed for all threads, each in parts of which one thread holds a panel.
   constexpr int64_t kPart = 512, kSlice = 8 * kPart;
   const int64_t panels = divide_up(D, k.panel_columns), sums_floats = (n + 8) * k.panel_columns;
-  const int64_t panel_bytes = k.panel_bytes(weight_rows.type, kPart);
-  const int64_t groups_bytes = k.group_bytes(residual_rows.type, kPart, n);
-  Buffer groups(static_cast<size_t>(kSlice / kPart * groups_bytes));
-  Buffer columns_of_weight(static_cast<size_t>(kSlice / kPart * panels * panel_bytes));
+  const int64_t part_bytes = k.group_bytes(residual_rows.type, kPart, n);
+  Buffer packed(static_cast<size_t>(kSlice / kPart * part_bytes));
   Buffer sums(static_cast<size_t>(panels * sums_floats * 4));
   const auto from = [&](const Rows& rows, int64_t first) -> Rows {
     return {static_cast<const char*>(rows.data) + first * rows.stride * element_size, rows.type, rows.stride,
@@ -284,22 +281,17 @@ void residual_hidden_grad_cpu(Tensor residual, Tensor weight, Tensor scale, Tens
   for (int64_t slice = 0; slice < V; slice += kSlice) {
     const int64_t parts = divide_up(std::min(kSlice, V - slice), kPart);
     for_blocks(parts, 0, [&](int64_t part, char*) {
-      const int64_t first = slice + part * kPart, depth = std::min(kPart, V - first);
-      k.pack_groups(from(residual_rows, first), depth, n, groups.as() + part * groups_bytes);
-      for (int64_t p = 0; p < panels; ++p) {
-        const int64_t column = p * k.panel_columns;
-        k.pack_columns(from(weight_rows, first), depth, nullptr, column,
-                       std::min(k.panel_columns, D - column),
-                       columns_of_weight.as() + (part * panels + p) * panel_bytes);
-      }
+      const int64_t first = slice + part * kPart;
+      k.pack_groups(from(residual_rows, first), std::min(kPart, V - first), n,
+                    packed.as() + part * part_bytes);
     });
-    for_blocks(panels, 0, [&](int64_t p, char*) {
+    for_blocks(panels, k.panel_bytes(weight_rows.type, kPart), [&](int64_t p, char* panel) {
+      const int64_t column = p * k.panel_columns, columns = std::min(k.panel_columns, D - column);
       for (int64_t part = 0; part < parts; ++part) {
-        const int64_t first = slice + part * kPart;
-        k.multiply_groups(
-            residual_rows.type, groups.as() + part * groups_bytes, n, std::min(kPart, V - first),
-            columns_of_weight.as() + (part * panels + p) * panel_bytes, first == 0,
-            std::min(k.panel_columns, D - p * k.panel_columns), sums.as<float>() + p * sums_floats);
+        const int64_t first = slice + part * kPart, depth = std::min(kPart, V - first);
+        k.pack_columns(from(weight_rows, first), depth, nullptr, column, columns, panel);
+        k.multiply_groups(residual_rows.type, packed.as() + part * part_bytes, n, depth, panel, first == 0,
+                          columns, sums.as<float>() + p * sums_floats);
       }
     });
   }
