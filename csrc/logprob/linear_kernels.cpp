@@ -274,7 +274,11 @@ void multiply_type(const Rows& rows, int64_t first, int64_t count, const void* p
   if (!read_in_place<T>(rows)) {
     for (int64_t r = 0; r < count; ++r) {
       const T* row = static_cast<const T*>(rows.data) + (first + r) * rows.stride;
-      convert_row(row, rows.depth, static_cast<Unit*>(scratch) + r * steps, 1);
+      if constexpr (Op::kDepth == 1) {
+        join_rows(row, row, rows.depth, static_cast<Unit*>(scratch) + r * steps);
+      } else {
+        convert_row(row, rows.depth, static_cast<Unit*>(scratch) + r * steps, 1);
+      }
     }
     data = static_cast<const char*>(scratch);
     stride = steps * sizeof(Unit);
