@@ -1,6 +1,6 @@
 """Tiles of whole pairs: a pair's gradients are finished while its residual is alive, three matmuls at any batch size.
 
-Shape suffixes: N tokens, R rows scored, n rows of a group or tile, D hidden size, V vocabulary, s sequences of a group.
+Shape suffixes: N tokens, R rows scored, n rows of a group or tile, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reprdpo.ops import reference
 from reprdpo.ops.backend import Backend
 from reprdpo.ops.head_schedule import (
     HeadForward,
@@ -26,8 +25,8 @@ from reprdpo.ops.head_schedule import (
 from reprdpo.ops.head_tiles import GradientSum, HeadTiles, Needs, exact_matmuls
 from reprdpo.ops.reference import Head, TokenResidual
 
-# Log-probs [s] and lengths [s] of the sequences of some pairs, to the loss's derivatives by those log-probs [s].
-Slopes = Callable[[Tensor, Tensor, slice], Tensor]
+# Log-probs, sequences and labels [n] of the rows of some pairs, to the loss's derivatives by those log-probs [n].
+Slopes = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
 
 
 class PairGroup(NamedTuple):
@@ -91,14 +90,7 @@ def pair_forward(
         total.add(tile.residual, scale_n, hidden_nD, index_n)
 
     def token_gradients(group: PairGroup) -> Tensor:
-        ignored_n = labels_N[group.index] == ignore_index
-        count = 2 * (group.pairs.stop - group.pairs.start)
-        layout = reference.segments(
-            group.index.shape[0], count, group.sequence_ids.masked_fill(ignored_n, -1), None
-        )
-        logp_s = reference.sequence_sum(out.logp[group.index], layout)
-        grad_s = slopes(logp_s, layout.offsets.diff(), group.pairs)
-        return reference.sequence_sum_backward(grad_s, layout, group.index.shape[0])
+        return slopes(out.logp[group.index], group.sequence_ids, labels_N[group.index], group.pairs)
 
     with exact_matmuls(hidden_ND.device):
         for group, parts in zip(groups, pieces, strict=True):
