@@ -188,7 +188,7 @@ def _reference_pass(
     residual_nV = raw_nV if residual_dtype == raw_nV.dtype else raw_nV.new_empty(0)
     if residual_dtype not in (None, raw_nV.dtype):
         residual_nV = torch.empty_like(raw_nV, dtype=residual_dtype)
-    parts = []
+    parts: list[tuple[Tensor, ...]] = []
     for start in range(0, raw_nV.shape[0], rows):
         block = slice(start, start + rows)
         part = reference.token_residual(
@@ -198,7 +198,8 @@ def _reference_pass(
             residual_nV[block] = part.residual
         parts.append(part[:-1])
     # [n] and [3, n] alike are joined along n.
-    return TokenResidual(*(torch.cat(values, dim=-1) for values in zip(*parts, strict=True)), residual_nV)
+    logp_n, row_stats_3n, entropy_n, top1_n, mean_n = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
+    return TokenResidual(logp_n, row_stats_3n, entropy_n, top1_n, mean_n, residual_nV)
 
 
 # The two products of a residual G with row scales a. Half-precision operands go to the vendor's GEMM as they are where
@@ -293,9 +294,9 @@ class GradientSum:
             return
         if whole:
             rows_nD = scaled_rows(hidden_nD, scale_n, dtype)
-            options = {} if dtype == compute else {"out_dtype": compute}
+            options: dict[str, Any] = {} if dtype == compute else {"out_dtype": compute}
             # With beta = 0 what the fresh memory holds is not read.
-            torch.addmm(self.weight, residual_nV.t(), rows_nD, **options, beta=0 if first else 1, out=self.weight)
+            torch.addmm(self.weight, residual_nV.t(), rows_nD, beta=0 if first else 1, out=self.weight, **options)
             return
         for columns, product_vD in self._weight_products(residual_nV, scale_n, hidden_nD):
             if first:

@@ -181,7 +181,7 @@ def _next_labels(labels_N: Tensor, sequence_ids_N: Tensor, ignore_index: int) ->
 
 
 class SequenceTerms(NamedTuple):
-    """By pair the loss [P]; by sequence [S] log-prob, reward, and the loss's derivative by the log-prob; means [3, S]."""
+    """By pair the loss [P]; by sequence [S] log-prob, reward, the loss's derivative by the log-prob; means [3, S]."""
 
     loss: Tensor
     logp: Tensor
@@ -203,7 +203,12 @@ class LossOptions(NamedTuple):
 
     def of(self, pairs: slice) -> "LossOptions":
         """The same for some of the pairs."""
-        return LossOptions(*(None if value is None else value[pairs] for value in self[:3]), *self[3:])
+        chosen, rejected = self.ref_chosen_logp, self.ref_rejected_logp
+        return self._replace(
+            ref_chosen_logp=None if chosen is None else chosen[pairs],
+            ref_rejected_logp=None if rejected is None else rejected[pairs],
+            confidence=self.confidence[pairs],
+        )
 
 
 def _sequence_terms(
@@ -216,7 +221,7 @@ def _sequence_terms(
     token_stats: tuple[Tensor, ...] = (),
 ) -> SequenceTerms:
     """The scalar stage, from token log-probs to the loss of each pair and its slopes."""
-    scalars = dict(zip(LossOptions._fields[3:], options[3:], strict=True))
+    scalars: dict[str, Any] = dict(zip(LossOptions._fields[3:], options[3:], strict=True))
     if kind == "triton":
         terms = triton_kernels("preference_loss").sequence_preference_loss_forward(
             *(logp_N, sequence_ids_N, labels_N, *options[:3]),
@@ -263,7 +268,7 @@ def _plan(
     stats: bool,
     max_tile_bytes: int | None,
 ) -> Plan:
-    """The head's plan; tiles of whole pairs where it would make logits twice and one number is the upstream gradient."""
+    """The head's plan, but tiles of whole pairs where it would make logits twice and upstream is one number."""
     num_rows = planned_rows(labels, scored_index)
     plan = plan_head(kind, hidden, head, num_rows, needs, entropy=stats, max_tile_bytes=max_tile_bytes)
     if plan.keep == "nothing" and any(needs) and reduction != "none":
@@ -315,9 +320,7 @@ def _linear_preference_loss(
     and where the plan is "pairs", the gradients for an upstream gradient of 1."""
     kind = select_head("linear_preference_loss", hidden, weight)
     head, needs = Head(weight, bias, logit_scale, softcap, temperature), Needs(hidden_grad, weight_grad, bias_grad)
-    options = LossOptions(
-        ref_chosen_logp, ref_rejected_logp, confidence, beta, loss_types, loss_weights, simpo_gamma
-    )
+    options = LossOptions(ref_chosen_logp, ref_rejected_logp, confidence, beta, loss_types, loss_weights, simpo_gamma)
     plan = _plan(
         *(kind, hidden, head, labels, scored_index, needs),
         reduction=reduction,

@@ -33,7 +33,7 @@ class PairGroup(NamedTuple):
     """Some pairs: their rows, and each row's sequence, chosen ones first, counted within the group (outside: none)."""
 
     pairs: slice
-    index: Tensor
+    rows: Tensor
     sequence_ids: Tensor
 
 
@@ -62,7 +62,7 @@ def pair_forward(
     out = empty_forward(kind, hidden_ND, head.weight.shape[0], num_rows, plan, needs, entropy=stats, stats=stats)
     index_R = scored_rows(labels_N, scored_index, ignore_index)
     groups = pair_groups(index_R, sequence_ids_N[index_R], num_sequences, plan.rows)
-    pieces = [even_tiles(group.index.shape[0], plan.rows) for group in groups]
+    pieces = [even_tiles(group.rows.shape[0], plan.rows) for group in groups]
     largest = max((rows.stop - rows.start for parts in pieces for rows in parts), default=0)
     tiles = HeadTiles(kind, head, largest, plan.upcast_bytes)
     total = GradientSum(
@@ -90,20 +90,20 @@ def pair_forward(
         total.add(tile.residual, scale_n, hidden_nD, index_n)
 
     def token_gradients(group: PairGroup) -> Tensor:
-        return slopes(out.logp[group.index], group.sequence_ids, labels_N[group.index], group.pairs)
+        return slopes(out.logp[group.rows], group.sequence_ids, labels_N[group.rows], group.pairs)
 
     with exact_matmuls(hidden_ND.device):
         for group, parts in zip(groups, pieces, strict=True):
             if len(parts) == 1:
-                made = make(group.index, residual=True, outputs=True)
-                add(made, group.index, token_gradients(group))
+                made = make(group.rows, residual=True, outputs=True)
+                add(made, group.rows, token_gradients(group))
                 del made
                 continue
             for rows in parts:
-                make(group.index[rows], residual=False, outputs=True)
+                make(group.rows[rows], residual=False, outputs=True)
             grad_n = token_gradients(group)
             for rows in parts:
-                index_n = group.index[rows]
+                index_n = group.rows[rows]
                 add(make(index_n, residual=True, outputs=False), index_n, grad_n[rows])
     return out, total.finish()
 
