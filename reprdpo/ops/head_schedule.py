@@ -213,8 +213,8 @@ class _Residual:
         self.tensor: Tensor | None = None
 
     def room(self, rows: slice) -> Tensor | None:
-        """Where the logits may lie whose residual takes their place."""
-        if not self.in_place:
+        """Where a tile's residual may be written."""
+        if not self.in_place and self.kind != "triton":
             return None
         if self.tensor is None:
             self.tensor = self._empty()

@@ -13,7 +13,7 @@ from reprdpo.ops.head_schedule import fake_forward, find_scored, head_backward, 
 from reprdpo.ops.head_tiles import Needs, select_head
 from reprdpo.ops.reference import Head
 
-backend.declare("linear_logprob", cpu=("native",))
+backend.declare("linear_logprob", cpu=("native",), cuda=("triton",))
 
 
 class LinearLogprob(NamedTuple):
