@@ -176,13 +176,12 @@ def test_out_of_memory_leaves_the_process_usable(triton_device, cuda_only):
     (hidden, weight), labels = make(64, 64, 1000, torch.bfloat16, triton_device)
     wanted = linear_logprob(hidden, weight, labels)
     torch.cuda.synchronize()
-    held = []
+    torch.cuda.empty_cache()
+    held = torch.empty(torch.cuda.mem_get_info()[0] - 2**29, dtype=torch.uint8, device=triton_device)
+    many = hidden.repeat(64, 1), weight.repeat(128, 1), labels.repeat(64)  # 2 GB of logits, 500 MB free
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        while True:
-            free = torch.cuda.mem_get_info()[0]
-            held.append(torch.empty(max(free // 2, 2**20), dtype=torch.uint8, device=triton_device))
-            linear_logprob(hidden.repeat(256, 1), weight.repeat(128, 1), labels.repeat(256), max_tile_bytes=2**40)
-    held.clear()
+        linear_logprob(*many, max_tile_bytes=2**40)
+    del held
     torch.cuda.empty_cache()
     assert torch.equal(linear_logprob(hidden, weight, labels), wanted)
 
