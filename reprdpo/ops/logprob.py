@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from reprdpo.ops import backend, checks, reference
-from reprdpo.ops.head_tiles import default_tile_bytes
+from reprdpo.ops.head_tiles import default_tile_bytes, triton_kernels
 from reprdpo.ops.linear_logprob import check_integer
 
-backend.declare("logprob")
+backend.declare("logprob", cuda=("triton",))
 
 
 def logprob(
@@ -71,6 +71,11 @@ def _tiles(logits_NV: Tensor, labels_N: Tensor, ignore_index: int) -> Iterator[t
         yield rows, tile_nV, labels_N[rows].masked_fill(ignored_n, 0), ignored_n
 
 
+def _rows(logits_NV: Tensor) -> Tensor:
+    """The logits with each row's side by side, as Triton's kernels read them."""
+    return logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
+
+
 def _write_gradient(
     out_NV: Tensor,
     grad_logp_N: Tensor,
@@ -81,6 +86,14 @@ def _write_gradient(
     ignore_index: int,
 ) -> None:
     """Gradient of the logits into ``out_NV``, which may be the logits themselves."""
+    if backend.select("logprob", logits_NV) == "triton":
+        rows_NV = _rows(out_NV)
+        triton_kernels("logprob").logprob_backward(
+            grad_logp_N, _rows(logits_NV), labels_N, row_stats_3N, temperature, ignore_index, out=rows_NV
+        )
+        if rows_NV is not out_NV:
+            out_NV.copy_(rows_NV)
+        return
     for rows, tile_nV, labels_n, ignored_n in _tiles(logits_NV, labels_N, ignore_index):
         grad_nV = reference.token_logprob_backward(
             tile_nV.div_(temperature),
@@ -95,7 +108,11 @@ def _write_gradient(
 def _logprob(
     logits: Tensor, labels: Tensor, temperature: float, ignore_index: int, inplace_backward: bool
 ) -> tuple[Tensor, Tensor]:
-    backend.select("logprob", logits)
+    if backend.select("logprob", logits) == "triton":
+        logp_N, row_stats_3N = triton_kernels("logprob").logprob_forward(
+            _rows(logits), labels, temperature, ignore_index
+        )
+        return logp_N, row_stats_3N
     logp_N, row_stats_3N = _empty_outputs(logits)
     for rows, tile_nV, labels_n, ignored_n in _tiles(logits, labels, ignore_index):
         tile = reference.token_logprob(tile_nV.div_(temperature), labels_n)
@@ -120,7 +137,6 @@ def _empty_outputs(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
 def _logprob_backward(
     grad_logp: Tensor, logits: Tensor, labels: Tensor, row_stats: Tensor, temperature: float, ignore_index: int
 ) -> Tensor:
-    backend.select("logprob", logits)
     grad_NV = torch.empty_like(logits)
     _write_gradient(grad_NV, grad_logp, logits, labels, row_stats, temperature, ignore_index)
     return grad_NV
@@ -137,7 +153,6 @@ def _(
 def _logprob_backward_inplace(
     grad_logp: Tensor, logits: Tensor, labels: Tensor, row_stats: Tensor, temperature: float, ignore_index: int
 ) -> None:
-    backend.select("logprob", logits)
     _write_gradient(logits, grad_logp, logits, labels, row_stats, temperature, ignore_index)
 
 

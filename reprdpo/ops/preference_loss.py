@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from reprdpo.ops import backend, checks, reference
+from reprdpo.ops.head_tiles import triton_kernels
 from reprdpo.ops.reference import PAIR_LOSSES, PairBatch, PairTerms
 
-backend.declare("preference_loss")
+backend.declare("preference_loss", cuda=("triton",))
 
 
 class PreferenceLoss(NamedTuple):
@@ -179,7 +180,6 @@ def _check_constant(name: str, value: Tensor, like: Tensor, pairs: int) -> None:
     ),
 )
 def _preference_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    backend.select("preference_loss", arguments[0])
     terms = _terms(arguments)
     return terms.loss, terms.chosen_reward, terms.rejected_reward
 
@@ -200,7 +200,6 @@ def _(chosen_logp: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     ),
 )
 def _preference_loss_backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    backend.select("preference_loss", grad_loss)
     terms = _terms(arguments)
     return grad_loss * terms.chosen_slope, grad_loss * terms.rejected_slope
 
@@ -210,11 +209,14 @@ def _(grad_loss: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(grad_loss), torch.empty_like(grad_loss)
 
 
+_SCALARS = ("beta", "loss_types", "loss_weights", "simpo_gamma")
+
+
 def _terms(arguments: tuple[Any, ...]) -> PairTerms:
-    *tensors, beta, loss_types, loss_weights, simpo_gamma = arguments
-    return reference.preference_terms(
-        PairBatch(*tensors), beta=beta, loss_types=loss_types, loss_weights=loss_weights, simpo_gamma=simpo_gamma
-    )
+    tensors, scalars = arguments[:7], dict(zip(_SCALARS, arguments[7:], strict=True))
+    if backend.select("preference_loss", tensors[0]) == "triton":
+        return PairTerms(*triton_kernels("preference_loss").preference_loss_forward(*tensors, **scalars))
+    return reference.preference_terms(PairBatch(*tensors), **scalars)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
