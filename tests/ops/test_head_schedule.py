@@ -246,8 +246,10 @@ def test_training_a_small_llama_gives_the_losses_of_eager_float32():
     assert wanted[-20:].mean() < 0.7 * wanted[0]
     for budget in (None, 20 * 96 * 4):
         fused = losses(
-            lambda hidden, weight, budget=budget: linear_preference_loss(
-                hidden, weight, labels, beta=0.1, confidence=0.9, max_tile_bytes=budget, **refs
-            ).loss
+            lambda hidden, weight, budget=budget: (
+                linear_preference_loss(
+                    hidden, weight, labels, beta=0.1, confidence=0.9, max_tile_bytes=budget, **refs
+                ).loss
+            )
         )
         torch.testing.assert_close(fused, wanted, rtol=1e-3, atol=1e-5)
