@@ -83,6 +83,11 @@ def linear_preference_loss(
 ) -> LinearPreferenceLoss:
     """:func:`linear_logprob`, summed by sequence, into :func:`preference_loss`; see there for the formulas.
 
+    As many matmuls as there, but three beyond the budget too, where ``reduction`` is "mean" or "sum": tiles are whole
+    pairs, whose gradients are finished in the forward while G is alive (finding each pair's rows synchronises once);
+    only a pair that is larger than the budget by itself costs four. What is finished waits for its upstream gradient as
+    float32 for float16 inputs, else in the inputs' dtype; a second backward through the same loss makes it again.
+
     Gradients flow to hidden, weight and bias. Response lengths, where a loss averages, are counted here. An empty
     response has log-prob 0 and no gradient.
 

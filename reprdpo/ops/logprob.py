@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from reprdpo.ops import backend, checks, reference
+from reprdpo.ops.backend import Backend
 from reprdpo.ops.head_tiles import default_tile_bytes, triton_kernels
 from reprdpo.ops.linear_logprob import check_integer
 
-backend.declare("logprob", cuda=("triton",))
+backend.declare("logprob", cpu=("native",), cuda=("triton",))
 
 
 def logprob(
@@ -60,6 +61,12 @@ def logprob(
     return logp_N.reshape(labels.shape)
 
 
+def _select(logits_NV: Tensor) -> Backend:
+    """The backend; kernels read logits in rows."""
+    kind = backend.select("logprob", logits_NV)
+    return kind if logits_NV.stride(1) == 1 or logits_NV.shape[1] == 1 else "reference"
+
+
 def _tiles(logits_NV: Tensor, labels_N: Tensor, ignore_index: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Rows, their logits as a fresh tensor in the compute dtype, labels, and where these are ignored (a zero row)."""
     dtype = reference.compute_dtype(logits_NV)
@@ -69,11 +76,6 @@ def _tiles(logits_NV: Tensor, labels_N: Tensor, ignore_index: int) -> Iterator[t
         ignored_n = labels_N[rows] == ignore_index
         tile_nV = logits_NV[rows].to(dtype, copy=True).masked_fill_(ignored_n.unsqueeze(1), 0)
         yield rows, tile_nV, labels_N[rows].masked_fill(ignored_n, 0), ignored_n
-
-
-def _rows(logits_NV: Tensor) -> Tensor:
-    """The logits with each row's side by side, as Triton's kernels read them."""
-    return logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
 
 
 def _write_gradient(
@@ -86,13 +88,13 @@ def _write_gradient(
     ignore_index: int,
 ) -> None:
     """Gradient of the logits into ``out_NV``, which may be the logits themselves."""
-    if backend.select("logprob", logits_NV) == "triton":
-        rows_NV = _rows(out_NV)
-        triton_kernels("logprob").logprob_backward(
-            grad_logp_N, _rows(logits_NV), labels_N, row_stats_3N, temperature, ignore_index, out=rows_NV
-        )
-        if rows_NV is not out_NV:
-            out_NV.copy_(rows_NV)
+    arguments = (grad_logp_N.contiguous(), logits_NV, labels_N, row_stats_3N, temperature, ignore_index, out_NV)
+    kind = _select(logits_NV)
+    if kind == "native":
+        torch.ops.reprdpo_native.logprob_backward(*arguments)
+        return
+    if kind == "triton":
+        triton_kernels("logprob").logprob_backward(*arguments)
         return
     for rows, tile_nV, labels_n, ignored_n in _tiles(logits_NV, labels_N, ignore_index):
         grad_nV = reference.token_logprob_backward(
@@ -108,11 +110,12 @@ def _write_gradient(
 def _logprob(
     logits: Tensor, labels: Tensor, temperature: float, ignore_index: int, inplace_backward: bool
 ) -> tuple[Tensor, Tensor]:
-    if backend.select("logprob", logits) == "triton":
-        logp_N, row_stats_3N = triton_kernels("logprob").logprob_forward(
-            _rows(logits), labels, temperature, ignore_index
-        )
-        return logp_N, row_stats_3N
+    kind = _select(logits)
+    if kind == "native":
+        return torch.ops.reprdpo_native.logprob(logits, labels, temperature, ignore_index)
+    if kind == "triton":
+        logp_N, row_stats_3N = triton_kernels("logprob").logprob_forward(logits, labels, temperature, ignore_index)
+        return logp_N.clone(), row_stats_3N.clone()  # an op's outputs must not share memory
     logp_N, row_stats_3N = _empty_outputs(logits)
     for rows, tile_nV, labels_n, ignored_n in _tiles(logits, labels, ignore_index):
         tile = reference.token_logprob(tile_nV.div_(temperature), labels_n)

@@ -181,7 +181,8 @@ def _check_constant(name: str, value: Tensor, like: Tensor, pairs: int) -> None:
 )
 def _preference_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     terms = _terms(arguments)
-    return terms.loss, terms.chosen_reward, terms.rejected_reward
+    # An op's outputs must not share memory, which a kernel's do.
+    return terms.loss.clone(), terms.chosen_reward.clone(), terms.rejected_reward.clone()
 
 
 @_preference_loss.register_fake
@@ -209,11 +210,9 @@ def _(grad_loss: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(grad_loss), torch.empty_like(grad_loss)
 
 
-_SCALARS = ("beta", "loss_types", "loss_weights", "simpo_gamma")
-
-
 def _terms(arguments: tuple[Any, ...]) -> PairTerms:
-    tensors, scalars = arguments[:7], dict(zip(_SCALARS, arguments[7:], strict=True))
+    *tensors, beta, loss_types, loss_weights, simpo_gamma = arguments
+    scalars = {"beta": beta, "loss_types": loss_types, "loss_weights": loss_weights, "simpo_gamma": simpo_gamma}
     if backend.select("preference_loss", tensors[0]) == "triton":
         return PairTerms(*triton_kernels("preference_loss").preference_loss_forward(*tensors, **scalars))
     return reference.preference_terms(PairBatch(*tensors), **scalars)
