@@ -31,9 +31,9 @@ class Config(NamedTuple):
 # By major compute capability; a newer device takes the newest. A forward program of this size has a whole row of 4096
 # and its two weights in flight before it uses the first, 80 bytes a thread and operand at the most.
 CONFIGS = {
-    8: Config(forward_features=4096, forward_warps=8, backward_features=512, backward_warps=4, backward_sequences=8),
-    9: Config(forward_features=4096, forward_warps=8, backward_features=512, backward_warps=4, backward_sequences=8),
-    10: Config(forward_features=4096, forward_warps=8, backward_features=512, backward_warps=4, backward_sequences=8),
+    8: Config(forward_features=4096, forward_warps=8, backward_features=256, backward_warps=4, backward_sequences=8),
+    9: Config(forward_features=4096, forward_warps=8, backward_features=256, backward_warps=4, backward_sequences=8),
+    10: Config(forward_features=4096, forward_warps=8, backward_features=256, backward_warps=4, backward_sequences=8),
 }
 _SMALL_ROW = 1024
 # From here on the programs fill any device several times over, and each takes a few sequences of its layer, so that
@@ -65,8 +65,9 @@ def _mix_layers(
     else:
         z = tl.load(gate_bias_ptr + l, mask=inside, other=float("-inf")).to(tl.float32)
     if GATE == _VOTE:
-        for start in range(0, L, 32):
-            m = start + tl.arange(0, 32)
+        COLUMNS: tl.constexpr = 32 if BLOCK_L <= 128 else 4096 // BLOCK_L
+        for start in range(0, L, COLUMNS):
+            m = start + tl.arange(0, COLUMNS)
             s_m = tl.load(scores_ptr + b * L + m, mask=m < L, other=0, cache_modifier=".cg")
             votes = tl.load(
                 gate_weight_ptr + l[:, None] * L + m[None, :], mask=inside[:, None] & (m < L)[None, :], other=0
@@ -133,10 +134,9 @@ def _probe_reward_fwd_kernel(
     elements, parameters and results dense, arrivals [1 + groups] int32 of zeros. ALIGNED: every row starts at a
     multiple of 16 bytes and its features follow one another.
     """
-    pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(B, SEQUENCES)
-    layer = pid // blocks
-    first = (pid % blocks) * SEQUENCES
+    layer = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * SEQUENCES
     groups = B
     if confidence_ptr is not None:
         groups = B // 2
@@ -180,10 +180,10 @@ def _probe_reward_fwd_kernel(
             z = tl.where(valid, tl.sum(logit, axis=0) + gate_bias, float("nan"))
             tl.store(gate_ptr + b * L + layer, z)
 
-        group = b % groups
+        group = tl.where(b < groups, b, b - groups)
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals_ptr + 1 + group, 1, sem="acq_rel")
-        if arrived == (B // groups) * L - 1:
+        if arrived == tl.where(groups < B, 2 * L, L) - 1:
             tl.store(arrivals_ptr + 1 + group, 0)
             reward = _mix_layers(
                 group, reward_ptr, scores_ptr, gate_ptr, gate_weight_ptr, gate_bias_ptr, L, GATE, BLOCK_L
@@ -342,10 +342,9 @@ def _probe_reward_bwd_kernel(
     hidden gradients as the states in the forward, with features side by side; a parameter's gradient like the
     parameter, not touched where not needed. ALIGNED: rows of hidden gradients start at multiples of 16 bytes.
     """
-    pid = tl.program_id(0).to(tl.int64)
     chunks = tl.cdiv(tl.maximum(D, 1), BLOCK_D)
-    layer = pid // chunks
-    chunk = pid % chunks
+    layer = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = (tl.program_id(0) % chunks).to(tl.int64)
     d_at = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d_at < D
     grad_probe = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -573,7 +572,7 @@ def probe_reward_backward(
             DTYPE=_TRITON_DTYPES[hidden_dtype],
             GATE=_GATES[gate],
             ALIGNED=needs_hidden and _aligned(addresses or (), (layer_stride, sequence_stride, token_stride), hidden[0]),
-            BLOCK_B=config.backward_sequences,
+            BLOCK_B=_rows(config, L),
             BLOCK_L=_block(L),
             BLOCK_D=block_d,
             num_warps=config.backward_warps,
@@ -612,6 +611,11 @@ def _aligned(addresses: Sequence[int], strides: Sequence[int], like: Tensor) -> 
 
 def _block(L: int) -> int:
     return max(32, triton.next_power_of_2(L))
+
+
+def _rows(config: Config, L: int) -> int:
+    """Sequences of a backward tile, fewer where a tile of all their layers would not fit the registers."""
+    return max(1, min(config.backward_sequences, 512 // _block(L)))
 
 
 def _config(device: torch.device) -> Config:
