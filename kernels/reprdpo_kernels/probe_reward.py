@@ -55,22 +55,22 @@ def _mix_layers(
     b, reward_ptr, scores_ptr, gate_ptr, gate_weight_ptr, gate_bias_ptr, L, GATE: tl.constexpr, BLOCK_L: tl.constexpr
 ):
     """The reward of sequence b from its scores and, where the gate reads the states, its logits in the gate's place."""
-    l = tl.arange(0, BLOCK_L)
-    inside = l < L
-    s = tl.load(scores_ptr + b * L + l, mask=inside, other=0, cache_modifier=".cg")
+    at = tl.arange(0, BLOCK_L)
+    inside = at < L
+    s = tl.load(scores_ptr + b * L + at, mask=inside, other=0, cache_modifier=".cg")
     if GATE == _SOFTMAX:
-        z = tl.load(gate_ptr + b * L + l, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        z = tl.load(gate_ptr + b * L + at, mask=inside, other=float("-inf"), cache_modifier=".cg")
         # Warps that hold copies of the logits must have read them before they are overwritten.
         tl.debug_barrier()
     else:
-        z = tl.load(gate_bias_ptr + l, mask=inside, other=float("-inf")).to(tl.float32)
+        z = tl.load(gate_bias_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
     if GATE == _VOTE:
         COLUMNS: tl.constexpr = 32 if BLOCK_L <= 128 else 4096 // BLOCK_L
         for start in range(0, L, COLUMNS):
             m = start + tl.arange(0, COLUMNS)
             s_m = tl.load(scores_ptr + b * L + m, mask=m < L, other=0, cache_modifier=".cg")
             votes = tl.load(
-                gate_weight_ptr + l[:, None] * L + m[None, :], mask=inside[:, None] & (m < L)[None, :], other=0
+                gate_weight_ptr + at[:, None] * L + m[None, :], mask=inside[:, None] & (m < L)[None, :], other=0
             )
             z += tl.sum(votes.to(tl.float32) * s_m[None, :], axis=1)
         g = tl.sigmoid(z)
@@ -78,7 +78,7 @@ def _mix_layers(
         e = tl.exp(z - tl.max(z, axis=0))
         e = tl.where(inside, e, 0)
         g = tl.div_rn(e, tl.zeros_like(e) + tl.sum(e, axis=0))
-    tl.store(gate_ptr + b * L + l, g, mask=inside)
+    tl.store(gate_ptr + b * L + at, g, mask=inside)
     reward = tl.sum(tl.where(inside, g * s, 0), axis=0)
     tl.store(reward_ptr + b, reward)
     return reward
@@ -198,9 +198,7 @@ def _probe_reward_fwd_kernel(
 
 
 @triton.jit
-def _store_confidence(
-    chosen, rejected, pair, P, confidence_ptr, arrivals_ptr, alpha, floor, squash, reduce_batch
-):
+def _store_confidence(chosen, rejected, pair, P, confidence_ptr, arrivals_ptr, alpha, floor, squash, reduce_batch):
     """gamma of one pair, not below floor; with reduce_batch the last pair to come puts the mean in every place."""
     margin = chosen - rejected
     if squash != 0:
@@ -331,9 +329,9 @@ def _probe_reward_bwd_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dw_l = sum_b d_b h_bl, dv_l = sum_b dz_b h_bl (vote: dV_l = sum_b dz_b s_b), db, dc = sum_b d, dz, dh = d w + dz v.
+    """dw_l = sum_b d_b h_bl, dv_l = sum_b dz_b h_bl (vote: dV_l = sum_b dz_b s_b), dh = d w + dz v
 
-    A program owns one layer and BLOCK_D features of it and takes the sequences in order: no sum is shared between
+    And db = sum_b d, dc = sum_b dz. A program owns one layer and BLOCK_D features of it and takes the sequences in order: no sum is shared between
     programs, so there are no atomics and every run gives the same bits. Sequences that read one token of a packed
     batch each write the sum over all of them. Rows whose index is out of range give and get nothing.
 
@@ -365,8 +363,8 @@ def _probe_reward_bwd_kernel(
             token = tl.load(index_ptr + b * index_stride, mask=b < B, other=-1).to(tl.int64)
         valid = (b < B) & (token >= 0) & (token < T)
         d, dz, s = _row_gradients(
-            b, valid, layer, grad_reward_ptr, grad_scores_ptr, grad_gate_ptr, gate_weight_ptr, scores_ptr, gate_ptr, B, L,
-            reward_stride, scores_strides, gate_strides, has_reward, has_scores, has_gate, GATE, BLOCK_L,
+            b, valid, layer, grad_reward_ptr, grad_scores_ptr, grad_gate_ptr, gate_weight_ptr, scores_ptr, gate_ptr,
+            B, L, reward_stride, scores_strides, gate_strides, has_reward, has_scores, has_gate, GATE, BLOCK_L,
         )  # fmt: skip
         grad_bias += d
         grad_gate_bias += dz
@@ -492,6 +490,7 @@ def probe_reward_forward(
             BLOCK_L=_block(L),
             BLOCK_D=_SMALL_ROW if small else config.forward_features,
             num_warps=4 if small else config.forward_warps,
+            enable_fp_fusion=True,
         )
     return reward, scores, layer_gate, pooled, confidence
 
@@ -571,11 +570,13 @@ def probe_reward_backward(
             int(index is not None and len(hidden_shape) == 2),
             DTYPE=_TRITON_DTYPES[hidden_dtype],
             GATE=_GATES[gate],
-            ALIGNED=needs_hidden and _aligned(addresses or (), (layer_stride, sequence_stride, token_stride), hidden[0]),
+            ALIGNED=needs_hidden
+            and _aligned(addresses or (), (layer_stride, sequence_stride, token_stride), hidden[0]),
             BLOCK_B=_rows(config, L),
             BLOCK_L=_block(L),
             BLOCK_D=block_d,
             num_warps=config.backward_warps,
+            enable_fp_fusion=True,
         )
     return (hidden, *grads)  # type: ignore[return-value]
 
@@ -630,8 +631,8 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-# Counters of arrived programs: int32 zeros that every launch leaves at zero again, kept for each stream, so that launches
-# that may overlap never share one. A launch captured in a graph, replayed on whichever stream, has its own.
+# Counters of arrived programs: int32 zeros that every launch leaves at zero again, kept for each stream, so that
+# launches that may overlap never share one. A launch captured in a graph, replayed on whichever stream, has its own.
 _SLAB = 2**16
 _slabs: dict[torch.device, tuple[Tensor, int]] = {}
 _by_stream: dict[tuple[torch.device, int], Tensor] = {}
@@ -663,7 +664,7 @@ def _take(count: int, device: torch.device, capturing: bool) -> Tensor:
 
 
 def _zeros_outside_graph_pools(count: int, device: torch.device) -> Tensor:
-    """Memory that outlives any graph: pools of graphs being recorded are entered by thread, so another one allocates."""
+    """Memory that outlives any graph: a graph's pool is entered by thread, so another one allocates."""
 
     def make() -> Tensor:
         zeros = torch.zeros(count, dtype=torch.int32, device=device)

@@ -101,9 +101,9 @@ def test_every_form_forward_and_backward(backend, gate, form):
         exact_parameters = [None if p is None else next(given) for p in parameters]
         states = exact_leaves[0] if single else exact_leaves[:count]
         wanted = ops.probe_reward(states, at, *exact_parameters, gate=gate)
+        exact = torch.autograd.grad(wanted, exact_leaves, [x.double() for x in upstream])
     for result, right in zip(got, wanted, strict=True):
         torch.testing.assert_close(result.double(), right, rtol=2e-6, atol=2e-6)
-    exact = torch.autograd.grad(wanted, exact_leaves, [x.double() for x in upstream])
     for grad, right in zip(grads, exact, strict=True):
         tolerance = 2**-8 if grad.dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(grad.double(), right, rtol=tolerance, atol=1e-5)
@@ -155,7 +155,9 @@ def test_one_launch_forward_and_one_backward(backend):
     with torch.no_grad():
         assert len(launches(lambda: ops.probe_reward(hidden, index, *parameters))) == 1
         assert len(launches(lambda: ops.probe_confidence(hidden, index, *parameters, reduce="batch"))) == 1
-    both = launches(lambda: torch.autograd.grad(ops.probe_reward(hidden, index, *parameters).reward, parameters, upstream))
+    both = launches(
+        lambda: torch.autograd.grad(ops.probe_reward(hidden, index, *parameters).reward, parameters, upstream)
+    )
     assert len(both) == 2, both
 
 
