@@ -331,9 +331,10 @@ def _probe_reward_bwd_kernel(
 ):
     """dw_l = sum_b d_b h_bl, dv_l = sum_b dz_b h_bl (vote: dV_l = sum_b dz_b s_b), dh = d w + dz v
 
-    And db = sum_b d, dc = sum_b dz. A program owns one layer and BLOCK_D features of it and takes the sequences in order: no sum is shared between
-    programs, so there are no atomics and every run gives the same bits. Sequences that read one token of a packed
-    batch each write the sum over all of them. Rows whose index is out of range give and get nothing.
+    And db = sum_b d, dc = sum_b dz. A program owns one layer and BLOCK_D features of it and takes the sequences in
+    order: no sum is shared between programs, so there are no atomics and every run gives the same bits. Sequences that
+    read one token of a packed batch each write the sum over all of them. Rows whose index is out of range give and
+    get nothing.
 
     Bytes: B L D of pooled rows and 2 L D of gradients for the weights; B L D written, 2 L D read for the hidden
     states, whose other positions the launcher has zeroed (a fill of all their bytes). Layout: pooled by its strides,
