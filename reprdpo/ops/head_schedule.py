@@ -108,7 +108,15 @@ class HeadForward(NamedTuple):
 
 
 def empty_forward(
-    kind: Backend, hidden_ND: Tensor, vocabulary: int, num_rows: int, plan: Plan, needs: Needs, *, entropy: bool, stats: bool
+    kind: Backend,
+    hidden_ND: Tensor,
+    vocabulary: int,
+    num_rows: int,
+    plan: Plan,
+    needs: Needs,
+    *,
+    entropy: bool,
+    stats: bool,
 ) -> HeadForward:
     """The outputs of a forward by shape, those a token zero."""
     num_tokens, width = hidden_ND.shape
@@ -139,9 +147,7 @@ def fake_forward(
     """What :func:`head_forward` returns, by shape alone."""
     num_rows = planned_rows(labels_N, scored_index)
     plan = plan_head(kind, hidden_ND, head, num_rows, needs, entropy=entropy, max_tile_bytes=max_tile_bytes)
-    return empty_forward(
-        kind, hidden_ND, head.weight.shape[0], num_rows, plan, needs, entropy=entropy, stats=stats
-    )
+    return empty_forward(kind, hidden_ND, head.weight.shape[0], num_rows, plan, needs, entropy=entropy, stats=stats)
 
 
 def planned_rows(labels_N: Tensor, scored_index: Tensor | None) -> int:
@@ -332,9 +338,7 @@ def _recompute(
         most = max(1, (budget - kept_bytes - plan.upcast_bytes) // row_bytes)
     pieces = even_tiles(index_R.shape[0], most)
     tiles = HeadTiles(kind, head, min(most, index_R.shape[0]), plan.upcast_bytes)
-    total = GradientSum(
-        kind, hidden_ND, head, needs, single_tile=len(pieces) == 1, upcast_bytes=plan.upcast_bytes
-    )
+    total = GradientSum(kind, hidden_ND, head, needs, single_tile=len(pieces) == 1, upcast_bytes=plan.upcast_bytes)
 
     def run(rows: slice) -> None:
         index_n = index_R[rows]

@@ -333,9 +333,7 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
         grad_entropy = None
     if grad_logp is None and grad_entropy is None:
         return (None,) * 15
-    grads = _linear_logprob_backward(
-        grad_logp, grad_entropy, *ctx.saved_tensors, *ctx.constants, *needs
-    )
+    grads = _linear_logprob_backward(grad_logp, grad_entropy, *ctx.saved_tensors, *ctx.constants, *needs)
     return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 12)
 
 

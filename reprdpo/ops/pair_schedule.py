@@ -93,9 +93,7 @@ def pair_forward(
     def token_gradients(group: PairGroup) -> Tensor:
         ignored_n = labels_N[group.index] == ignore_index
         count = 2 * (group.pairs.stop - group.pairs.start)
-        layout = reference.segments(
-            group.index.shape[0], count, group.sequence_ids.masked_fill(ignored_n, -1), None
-        )
+        layout = reference.segments(group.index.shape[0], count, group.sequence_ids.masked_fill(ignored_n, -1), None)
         logp_s = reference.sequence_sum(out.logp[group.index], layout)
         grad_s = slopes(logp_s, layout.offsets.diff(), group.pairs)
         return reference.sequence_sum_backward(grad_s, layout, group.index.shape[0])
