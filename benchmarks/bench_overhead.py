@@ -26,7 +26,7 @@ from reprdpo.sampling.engine import growing_cache
 P = 4 if DEVICE == "cuda" else 1
 DTYPE = torch.bfloat16
 LENGTHS = (64, 512, 4096)
-BUDGET_SECONDS = 2.0
+BUDGET_SECONDS = 0.5
 DECODED = 8  # tokens a measurement of decoding draws
 
 
@@ -74,9 +74,9 @@ DECODERS = {
     "llama2-70b": Decoder(8192, 28672, 80, 64, 8),
 }
 # What a device is asked to run; on a CPU the model-sized work of long sequences would take minutes a row.
-MEASURED = {"cpu": {"sandbox": 4096, "cpu": 64}, "cuda": {"llama2-7b": 4096, "llama2-13b": 512}}[DEVICE]
+MEASURED = {"cpu": {"sandbox": 512, "cpu": 512}, "cuda": {"llama2-7b": 4096, "llama2-13b": 512}}[DEVICE]
 # The groups that the README shows.
-CLAIMED = {("sandbox", 512), ("cpu", 64), ("llama2-7b", 512), ("llama2-70b", 512)}
+CLAIMED = {("cpu", 512), ("llama2-7b", 512), ("llama2-70b", 512)}
 STATES_MEASURED = ("sandbox", "cpu") if DEVICE == "cpu" else ("llama2-7b", "llama2-13b")
 
 
@@ -368,7 +368,7 @@ def test_whole_run(benchmark: BenchmarkFixture, system: str, model: str, epochs:
         benchmark,
         Work(bytes=0),
         flop=int(epochs * pairs * marginal + (once if system == "reprdpo" else 0)),
-        reason="counted: ours = 8 responses a prompt drawn and scored once (8 x 4 N T) + a reward step a pair; "
+        reason="ours = 8 responses a prompt drawn and scored once (8 x 4 N T) + a reward step a pair; "
         "online = 2 responses drawn, scored and learned from at every visit (20 N T)",
         implementation=system,
         peer=system != "reprdpo",
