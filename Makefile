@@ -13,6 +13,7 @@ demo: $(READY) ## the whole method on the embedded sandbox world: report and tab
 	$(BIN)/reprdpo demo
 
 test: $(READY) ## every test but the slow ones
+	test ! -d build/native || $(BIN)/cmake --build build/native --target install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not interpreter"
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m "interpreter and not slow"
 	test ! -d build/native || $(BIN)/ctest --test-dir build/native --output-on-failure
