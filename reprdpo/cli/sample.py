@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     add_fields(parser, SamplingConfig)
     add_fields(parser, TokenizeConfig)
     arguments = parser.parse_args(argv)
-    output = Path(arguments.output)
+    output, engine = Path(arguments.output), take_fields(arguments, EngineConfig)
     report = asdict(
         sample_pairs(
             policy_of(arguments),
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
             load_prompts(arguments.prompts, limit=arguments.limit),
             take_fields(arguments, SamplingConfig),
             output,
-            engine=take_fields(arguments, EngineConfig),
+            engine=engine,
             top_k=arguments.top,
             bottom_k=arguments.bottom,
             min_gap=arguments.min_gap,

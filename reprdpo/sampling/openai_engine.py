@@ -25,8 +25,9 @@ class OpenAIEngine:
     """An :class:`~reprdpo.sampling.engine.Engine` behind /v1/completions (texts) and /v1/chat/completions (chats).
 
     Every response is a request of its own with a ``seed`` drawn from (seed, prompt id, response number), so that a
-    server that honours seeds gives a resumed run the responses of the unbroken one. The server applies its own
-    tokenizer and chat template: they should be the policy's. It sends text alone, so rewards are read elsewhere.
+    server that honours seeds gives a resumed run the responses of the unbroken one (`transformers serve`, whose
+    requests share one random state, does at ``concurrency=1``). The server applies its own tokenizer and chat template:
+    they should be the policy's. It sends text alone, so rewards are read elsewhere.
 
     Sent are ``temperature``, ``top_p``, ``max_tokens``, ``seed`` and, where it is set, ``top_k``, which OpenAI's API
     lacks and vLLM and SGLang take. What else a server wants goes into ``extra_body``; `transformers serve` is greedy,
