@@ -29,19 +29,18 @@ from reprdpo.sampling.engine import (
 )
 
 if TYPE_CHECKING:
-    from transformers import ContinuousBatchingConfig, ContinuousBatchingManager
+    from transformers import ContinuousBatchingConfig
 
 try:
     from transformers.generation.continuous_batching.cb_logits_processors import (
         ContinuousBatchingLogitsProcessor,
         ContinuousBatchingLogitsProcessorList,
     )
+    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 except ImportError:
     _SUPPORTED = False
     ContinuousBatchingLogitsProcessor = object
 else:
-    from transformers import ContinuousBatchingManager
-
     _SUPPORTED = hasattr(ContinuousBatchingManager, "pause")
 
 _FLASH_PAGE, _MASKED_PAGE = 256, 32  # tokens a page of the cache; flash-attn's kernels take multiples of 256
@@ -256,8 +255,9 @@ def _refused() -> Iterator[None]:
 
 
 def _cannot_run(why: object) -> UserError:
-    text = " ".join(str(why).split()) or type(why).__name__
-    return UserError(f"engine continuous: cannot run this model here ({text[:300]}); use the engine transformers")
+    text = " ".join(str(why).split())[:300] or type(why).__name__
+    cure = "lower batch_size, or use the engine transformers"
+    return UserError(f"engine continuous: cannot run this model here ({text}); {cure}")
 
 
 def _name(place: int, copy: int) -> str:

@@ -353,6 +353,12 @@ class _GrowingLayer(DynamicLayer):
 def _growing_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [_GrowingLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    odd = next((layer for layer in cache.layers if not hasattr(layer, "batch_repeat_interleave")), None)
+    if odd is not None:
+        raise UserError(
+            f"engine transformers: cannot share a prompt among responses in a {type(odd).__name__} "
+            f"({model.config.model_type}); serve the model and use the engine openai"
+        )
     return cache
 
 

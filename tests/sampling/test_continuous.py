@@ -4,6 +4,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import ContinuousBatchingManager
 
 from reprdpo.errors import UserError
@@ -42,6 +43,30 @@ def test_gives_the_transformers_engines_texts(engine, plain, changes):
     assert [place for place, _ in found] == list(range(len(PROMPTS)))
     assert dict(found) == dict(plain.generate(PROMPTS, config, prompt_ids=range(3, 9)))
     assert engine.fingerprint() == plain.fingerprint()
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Gemma2", "Qwen3Moe"])
+def test_other_architectures(kind, make_model, tokenizer):
+    """Sliding windows, alternating layers, experts."""
+    common = make_model().config.to_dict()
+    kept = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    settings = {name: common[name] for name in (*kept, "max_position_embeddings", "eos_token_id", "pad_token_id")}
+    extra = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if kind == "Qwen3Moe" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        **settings, **extra, num_hidden_layers=4, head_dim=8, sliding_window=6, initializer_range=0.2
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    expected = dict(TransformersEngine(model, tokenizer).generate(PROMPTS, CONFIG))
+    assert dict(ContinuousBatchingEngine(model, tokenizer).generate(PROMPTS, CONFIG)) == expected
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_without_a_cache_of_pages_is_refused(tokenizer):
+    config = transformers.MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4)
+    model = transformers.MambaForCausalLM(config)
+    for engine in (ContinuousBatchingEngine, TransformersEngine):
+        with pytest.raises(UserError, match=r"engine (continuous|transformers): cannot"):
+            list(engine(model, tokenizer).generate(PROMPTS, CONFIG))
 
 
 def test_a_full_cache_changes_nothing(engine, plain, monkeypatch):
@@ -125,7 +150,7 @@ def test_a_loop_that_dies_is_said(make_model, tokenizer, monkeypatch):
         step(manager)
 
     monkeypatch.setattr(ContinuousBatchingManager, "_generation_step", dying)
-    with pytest.raises(UserError, match=r"cannot run this model here \(out of blocks\); use the engine transformers"):
+    with pytest.raises(UserError, match=r"cannot run this model here \(out of blocks\); .*use the engine transformers"):
         list(ask.generate(PROMPTS, CONFIG))
 
 
