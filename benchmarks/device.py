@@ -60,7 +60,7 @@ def event_seconds(call: Callable[[], Any], device: str, budget: float) -> list[f
 
     Timed by events around batches of calls, nothing waiting in between.
     """
-    once = min(seconds(call, device) for _ in range(3))
+    once = seconds(call, device)
     batch = max(1, round(BATCH_SECONDS / max(once, 1e-9)))
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds_for(once * batch, budget))]
     for start, end in marks:
@@ -90,7 +90,7 @@ def graph_seconds(calls: Sequence[Callable[[], Any]], device: str, budget: float
 def host_seconds(call: Callable[[], Any], device: str) -> float:
     """Median time until a call returns, its work queued on an idle device but not awaited."""
     times = []
-    for _ in range(20):
+    for _ in range(3 if seconds(call, device) > 0.05 else 20):
         synchronise(device)
         start = time.perf_counter()
         call()
