@@ -14,7 +14,7 @@ from reprdpo.data import TokenizeConfig
 from reprdpo.errors import UserError
 from reprdpo.experiments.systems import SYSTEMS
 from reprdpo.reward import RewardFitConfig
-from reprdpo.sampling import SamplingConfig
+from reprdpo.sampling import EngineConfig, SamplingConfig
 from reprdpo.training import OnlineDPOConfig, ReprDPOConfig, ReprSFTConfig, RewardModelConfig
 
 SANDBOX = "sandbox"
@@ -28,13 +28,17 @@ class FitSection(RewardFitConfig):
 
 
 @dataclass(frozen=True)
-class SampleSection(SamplingConfig):
-    """How responses are drawn from the reference policy and paired; see SamplingConfig."""
+class SampleSection(EngineConfig, SamplingConfig):
+    """How responses are drawn from the reference policy and paired; see SamplingConfig, and EngineConfig for where."""
 
     limit: int | None = field(default=None, metadata={"help": "prompts to sample for (default: all)"})
     top: int = field(default=1, metadata={"help": "responses from the top of a prompt's ranking to pair"})
     bottom: int = field(default=1, metadata={"help": "responses from the bottom of a prompt's ranking to pair"})
     min_gap: float = field(default=0.0, metadata={"help": "smallest reward gap of a pair"})
+
+    def __post_init__(self) -> None:
+        SamplingConfig.__post_init__(self)
+        EngineConfig.__post_init__(self)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ class Pipeline:
         for system in self.systems:
             if system.pairs is not None:
                 self._dpo_config(system, self.config.seeds[0])
+        self._check_server()
 
     def stages(self) -> list[tuple[str, Callable[[], Any]]]:
         """The stages this configuration needs, in order."""
@@ -110,7 +111,15 @@ class Pipeline:
         settings = self.config.sample
         prompts = first(self.inputs.prompts, settings.limit)
         pairing = {"top_k": settings.top, "bottom_k": settings.bottom, "min_gap": settings.min_gap}
-        sample_pairs(self.reference, self.reward(), prompts, self._sampling(), self.folder / "samples", **pairing)
+        sample_pairs(
+            self.reference,
+            self.reward(),
+            prompts,
+            self._sampling(),
+            self.folder / "samples",
+            engine=settings,
+            **pairing,
+        )
 
     def reward_model(self) -> None:
         output = self.folder / "reward_model"
@@ -189,6 +198,13 @@ class Pipeline:
         mode = self.config.data.truncation_mode
         cuts = mode in ("keep_end", "keep_start")
         return replace(self.config.sample, truncation_mode=mode) if cuts else self.config.sample
+
+    def _check_server(self) -> None:
+        """Ask the server that samples for its model, unless it cannot run yet: it may have to serve what SFT makes."""
+        settings = self.config.sample
+        needed = any(system.pairs == "ranked" for system in self.systems) and not self.folder.done("sample")
+        if settings.engine == "openai" and needed and (self.folder.done("sft") or "sft" not in self.config.systems):
+            settings.server().fingerprint()
 
     def _policy(self, system: System, seed: int) -> Policy:
         if system.pairs is not None:

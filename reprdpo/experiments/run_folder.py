@@ -122,10 +122,11 @@ def _input_hashes(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _comparable(config: Any) -> Any:
-    """What must be the same for a run to go on: all but places, and the batches of generation, which change nothing."""
+    """What must be the same for a run to go on: all but places, and how generation is batched and requested."""
     if not isinstance(config, dict):
         return config
-    free = ("output_dir", "cache_dir", "batch_size")
+    requests = ("base_url", "concurrency", "request_timeout", "request_retries", "api_key_env")
+    free = ("output_dir", "cache_dir", "batch_size", *requests)
     return {key: _comparable(value) for key, value in config.items() if key not in free}
 
 

@@ -27,9 +27,11 @@ from reprdpo.files import disk_errors, write_json
 from reprdpo.models import load_causal_lm, load_tokenizer, model_fingerprint
 from reprdpo.reward import FitReport, HybridReward, RewardFitConfig, extract_pair_states
 from reprdpo.sampling import (
+    EngineConfig,
     PairReport,
     SamplingConfig,
     TransformersEngine,
+    build_engine,
     build_pairs,
     sample_responses,
     score_responses,
@@ -85,18 +87,30 @@ def fit_reward(policy: Policy, pairs: Dataset, config: RewardFitConfig, output: 
 
 
 def sample_pairs(
-    policy: Policy, reward: HybridReward, prompts: Dataset, config: SamplingConfig, output: Path, **pairing: Any
+    policy: Policy,
+    reward: HybridReward,
+    prompts: Dataset,
+    config: SamplingConfig,
+    output: Path,
+    *,
+    engine: EngineConfig,
+    **pairing: Any,
 ) -> PairReport:
-    """Draw responses, rank them by the reward, write ``responses.jsonl``, ``pairs.jsonl`` and ``report.json``."""
+    """Draw responses, rank them by the reward, write ``responses.jsonl``, ``pairs.jsonl`` and ``report.json``.
+
+    The reward reads the policy's states here, wherever the responses come from.
+    """
     model, tokenizer = policy.model(), policy.tokenizer()
     reward.check_base(model)
+    # A server's model is known by name alone, so the file also depends on the model that scores.
+    scorer = [model_fingerprint(model)] if engine.engine == "openai" else []
     responses = sample_responses(
-        TransformersEngine(model, tokenizer),
+        build_engine(engine, model, tokenizer),
         prompts,
         output / "responses.jsonl",
         config,
         score=_by_reward(model, tokenizer, reward, policy.data),
-        key=model_fingerprint(reward),
+        key=[model_fingerprint(reward), *scorer] if scorer else model_fingerprint(reward),
     )
     report = build_pairs(responses, output / "pairs.jsonl", **pairing)
     write_json(output / "report.json", asdict(report))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from reprdpo.sampling.engine import Engine, Prompt, Response, SamplingConfig
 
 FORMAT = "reprdpo-samples-1"
 
+Drawn = tuple[dict[str, Any], list[Response]]
 Score = Callable[[list[Prompt], list[str]], Sequence[float]]
 
 
@@ -32,7 +33,7 @@ def sample_responses(
     The file's first line is a header that names prompts, model and configuration; then one line a prompt:
     ``{"prompt_id", "prompt", "category", "harmful", "responses": [{"text", "reward", "truncated"}, ...]}``, in prompt
     order once complete. Lines already there are kept and a torn last line is cut, so a kill loses at most the batch in
-    flight, and the whole run and the resumed one write the same file.
+    flight, and the whole run and the resumed one write the same file. What an engine gave before it failed is written.
 
     Args:
         engine: where responses come from.
@@ -45,7 +46,8 @@ def sample_responses(
         progress: show a progress bar.
 
     Raises:
-        UserError: no prompts, or ``path`` holds responses to other prompts or of another model or configuration.
+        UserError: no prompts, ``path`` holds responses to other prompts or of another model or configuration, or the
+            engine's.
     """
     path = Path(path)
     if len(prompts) == 0:
@@ -62,13 +64,10 @@ def sample_responses(
             if not path.stat().st_size:
                 writer.write(header)
             bar.update(len(present))
-            for batch in _batches(rows, config):
-                wanted = [row for row in batch if row["prompt_id"] not in present]
-                if wanted:
-                    for record in _sampled(engine, batch, config, score):
-                        if record["prompt_id"] not in present:
-                            writer.write(record)
-                    bar.update(len(wanted))
+            for drawn in _drawn(engine, rows, present, config):
+                for record in _scored(drawn, config, score):
+                    writer.write(record)
+                bar.update(len(drawn))
         _sort_file(path)
     return path
 
@@ -100,7 +99,7 @@ def _without_responses(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
 def _header(
     engine: Engine, rows: list[dict[str, Any]], config: SamplingConfig, *, scored: bool, key: Any
 ) -> dict[str, Any]:
-    settings = dataclasses.asdict(config)
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(SamplingConfig)}
     del settings["batch_size"]  # changes no response, and a run that ran out of memory goes on with a smaller one
     return {
         "format": FORMAT,
@@ -146,24 +145,56 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return header, [records[number] for number in sorted(records)]
 
 
-def _batches(rows: list[dict[str, Any]], config: SamplingConfig) -> list[list[dict[str, Any]]]:
-    """All prompts, sorted by length: a resumed run draws a batch as the unbroken one did. The longest come first, so
-    that a prompt too long, or memory too small, shows at once."""
+def _drawn(
+    engine: Engine, rows: list[dict[str, Any]], present: Collection[int], config: SamplingConfig
+) -> Iterator[list[Drawn]]:
+    """The missing rows with their responses, about ``batch_size`` responses at a time.
+
+    All rows are sorted by length, the longest first, so that a prompt too long, or memory too small, shows at once.
+    """
     by_length = sorted(rows, key=lambda row: (-_length(row["prompt"]), row["prompt_id"]))
     size = config.prompts_per_batch(config.num_responses)
-    return [by_length[start : start + size] for start in range(0, len(by_length), size)]
+    if getattr(engine, "independent", False):
+        missing = [row for row in by_length if row["prompt_id"] not in present]
+        yield from _asked(engine, missing, config, size)
+        return
+    for start in range(0, len(by_length), size):
+        batch = by_length[start : start + size]
+        # A resumed run draws a batch as the unbroken one did, and drops what it has.
+        if any(row["prompt_id"] not in present for row in batch):
+            for drawn in _asked(engine, batch, config, size):
+                yield [(row, answers) for row, answers in drawn if row["prompt_id"] not in present]
+
+
+def _asked(engine: Engine, rows: list[dict[str, Any]], config: SamplingConfig, size: int) -> Iterator[list[Drawn]]:
+    """The engine's answers by ``size``; those at hand when it fails come before its error."""
+    prompts, ids = [row["prompt"] for row in rows], [row["prompt_id"] for row in rows]
+    at_hand: list[Drawn] = []
+    answered = engine.generate(prompts, config, prompt_ids=ids)
+    try:
+        for place, answers in answered:
+            at_hand.append((rows[place], answers))
+            if len(at_hand) == size:
+                yield at_hand
+                at_hand = []
+    except Exception:
+        if at_hand:
+            yield at_hand
+        raise
+    finally:
+        if isinstance(answered, Generator):
+            answered.close()  # a server's requests end with the one who asked
+    if at_hand:
+        yield at_hand
 
 
 def _length(prompt: Prompt) -> int:
     return len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
 
 
-def _sampled(
-    engine: Engine, batch: list[dict[str, Any]], config: SamplingConfig, score: Score | None
-) -> list[dict[str, Any]]:
-    prompts = [row["prompt"] for row in batch]
-    ids = [row["prompt_id"] for row in batch]
-    responses = [answers for _, answers in engine.generate(prompts, config, prompt_ids=ids)]
+def _scored(drawn: list[Drawn], config: SamplingConfig, score: Score | None) -> list[dict[str, Any]]:
+    prompts = [row["prompt"] for row, _ in drawn]
+    responses = [answers for _, answers in drawn]
     rewards: list[Sequence[float | None]] = [[None] * len(answers) for answers in responses]
     if score is not None:
         flat = score(
@@ -174,7 +205,7 @@ def _sampled(
         rewards = [[float(reward) for reward in flat[start : start + config.num_responses]] for start in starts]
     return [
         {**row, "responses": [_as_json(*pair) for pair in zip(answers, scores, strict=True)]}
-        for row, answers, scores in zip(batch, responses, rewards, strict=True)
+        for (row, answers), scores in zip(drawn, rewards, strict=True)
     ]
 
 

@@ -78,7 +78,11 @@ class SamplingConfig:
 
 
 class Engine(Protocol):
-    """Anything that draws responses to prompts."""
+    """Anything that draws responses to prompts.
+
+    One whose attribute ``independent`` is true gets a whole prompt set in one call, to keep it busy from end to end;
+    others get it by batches, each the same in a resumed run.
+    """
 
     def fingerprint(self) -> str:
         """What names the model behind the engine; equal for equal models."""
@@ -116,14 +120,13 @@ class TransformersEngine:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self._end_ids = _end_token_ids(model, tokenizer)
+        self._end_ids = end_token_ids(model, tokenizer)
         self._fingerprint: str | None = None
 
     def fingerprint(self) -> str:
         """The model's weights and the tokenizer's vocabulary, hashed once: a model that moved needs another engine."""
         if self._fingerprint is None:
-            vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()
-            self._fingerprint = f"{model_fingerprint(self.model)}-{hashlib.sha256(vocabulary).hexdigest()[:8]}"
+            self._fingerprint = weights_and_vocabulary(self.model, self.tokenizer)
         return self._fingerprint
 
     def generate(
@@ -141,7 +144,11 @@ class TransformersEngine:
         """
         count = num_responses or config.num_responses
         ids = range(len(prompts)) if prompt_ids is None else prompt_ids
-        encoded = [self._encode(prompt, number, config) for number, prompt in zip(ids, prompts, strict=True)]
+        positions = max_positions(self.model)
+        encoded = [
+            encode_prompt(self.tokenizer, prompt, number, config, positions)
+            for number, prompt in zip(ids, prompts, strict=True)
+        ]
         order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
         size = config.prompts_per_batch(count)
         finished: dict[int, list[Response]] = {}
@@ -151,45 +158,10 @@ class TransformersEngine:
             tokens = self._sample([encoded[row] for row in rows], [ids[row] for row in rows], config, count)
             for place, row in enumerate(rows):
                 mine = tokens[place * count : (place + 1) * count]
-                finished[row] = self._decode(encoded[row], mine)
+                finished[row] = decode_responses(self.tokenizer, encoded[row], mine, self._end_ids)
             while following in finished:
                 yield following, finished.pop(following)
                 following += 1
-
-    def _encode(self, prompt: Prompt, number: int, config: SamplingConfig) -> list[int]:
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
-        limit = min(positions - max(2, config.max_new_tokens), config.max_prompt_length or positions)
-        if limit < 1:
-            raise UserError(
-                f"sampling: max_new_tokens is {config.max_new_tokens}, the model has {positions} positions; lower it"
-            )
-        mode: Any = config.truncation_mode
-        try:
-            tokens = tokenize_prompt(self.tokenizer, prompt, TokenizeConfig(positions, limit, mode))
-        except PromptTooLongError:
-            raise UserError(
-                f"prompt {number}: has more than the {limit} tokens that fit beside "
-                f'max_new_tokens={config.max_new_tokens}; shorten it, or set truncation_mode to "keep_end"'
-            ) from None
-        if not tokens:
-            raise UserError(f"prompt {number}: has no tokens; remove it or give it a text")
-        return tokens
-
-    def _decode(self, prompt: list[int], responses: list[list[int]]) -> list[Response]:
-        """Texts that continue the prompt: decoded behind it, since many tokenizers drop a text's leading space."""
-        before = self.tokenizer.decode(prompt, skip_special_tokens=True)
-        decoded = []
-        for tokens in responses:
-            ended = tokens[-1] in self._end_ids
-            body = tokens[:-1] if ended else tokens
-            text = self.tokenizer.decode(prompt + body, skip_special_tokens=True)
-            if text.startswith(before):
-                text = text[len(before) :]
-            else:
-                text = self.tokenizer.decode(body, skip_special_tokens=True)
-            # A text cut amid a character's bytes ends in replacement marks, which the model never said.
-            decoded.append(Response(text if ended else text.rstrip("\ufffd"), truncated=not ended))
-        return decoded
 
     @torch.inference_mode()
     def _sample(
@@ -216,8 +188,7 @@ class TransformersEngine:
         position_ids = (mask.cumsum(-1) - 1).clamp_(min=0)
         cache = growing_cache(self.model, prompt_length + steps)
         logits = self._forward(input_ids, mask, position_ids, cache)
-        if not bool(logits.logsumexp(-1).isfinite().all()):  # a masked token's -inf is fine
-            raise UserError("the model's logits are not finite; train it again at a lower learning rate")
+        check_finite(logits)
 
         cache.batch_repeat_interleave(copies)
         logits_BV = logits.repeat_interleave(copies, 0)
@@ -256,6 +227,72 @@ class TransformersEngine:
         )
         costs.count(forward_flop(self.model, input_ids.numel(), scored=len(input_ids)))
         return output.logits[:, -1].float()
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Positions the model has; None where it names no number."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or None
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, number: int, config: SamplingConfig, positions: int | None
+) -> list[int]:
+    """A prompt's tokens, cut as the configuration says to leave ``max_new_tokens`` of ``positions`` (None: no limit).
+
+    Raises:
+        UserError: a prompt without tokens, or too long; it is called ``number``.
+    """
+    positions = positions or _NO_LIMIT
+    limit = min(positions - max(2, config.max_new_tokens), config.max_prompt_length or positions)
+    if limit < 1:
+        raise UserError(
+            f"sampling: max_new_tokens is {config.max_new_tokens}, the model has {positions} positions; lower it"
+        )
+    mode: Any = config.truncation_mode
+    try:
+        tokens = tokenize_prompt(tokenizer, prompt, TokenizeConfig(positions, limit, mode))
+    except PromptTooLongError:
+        raise UserError(
+            f"prompt {number}: has more than the {limit} tokens that fit beside "
+            f'max_new_tokens={config.max_new_tokens}; shorten it, or set truncation_mode to "keep_end"'
+        ) from None
+    if not tokens:
+        raise UserError(f"prompt {number}: has no tokens; remove it or give it a text")
+    return tokens
+
+
+def decode_responses(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[int], responses: list[list[int]], end_ids: frozenset[int]
+) -> list[Response]:
+    """Texts that continue the prompt: decoded behind it, since many tokenizers drop a text's leading space."""
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    decoded = []
+    for tokens in responses:
+        ended = tokens[-1] in end_ids
+        body = tokens[:-1] if ended else tokens
+        whole = tokenizer.decode(prompt + body, skip_special_tokens=True)
+        continues = whole.startswith(before)
+        text = whole[len(before) :] if continues else tokenizer.decode(body, skip_special_tokens=True)
+        # A text cut amid a character's bytes ends in replacement marks, which the model never said.
+        decoded.append(Response(text if ended else text.rstrip("\ufffd"), truncated=not ended))
+    return decoded
+
+
+def weights_and_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the model's weights and the tokenizer's vocabulary."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    return f"{model_fingerprint(model)}-{hashlib.sha256(vocabulary).hexdigest()[:8]}"
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise a UserError where a row of logits [.., V] has no distribution; a masked token's -inf is fine."""
+    if not bool(logits.logsumexp(-1).isfinite().all()):
+        raise UserError("the model's logits are not finite; train it again at a lower learning rate")
+
+
+def uniforms(seed: int, prompt_id: int, copy: int, steps: int) -> np.ndarray:
+    """Float64 [steps] in [0, 1): the random stream of one response."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, prompt_id, copy)))).random(steps)
 
 
 def pick_tokens(logits_BV: Tensor, uniform_B: Tensor, config: SamplingConfig) -> Tensor:
@@ -317,16 +354,18 @@ def growing_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
     """A cache with room for ``capacity`` tokens, where the model's layers allow it (full attention)."""
     cache = DynamicCache(config=model.config)
     cache.layers = [_GrowingLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    odd = next((layer for layer in cache.layers if not hasattr(layer, "batch_repeat_interleave")), None)
+    if odd is not None:
+        raise UserError(
+            f"engine transformers: cannot share a prompt among responses in a {type(odd).__name__} "
+            f"({model.config.model_type}); serve the model and use the engine openai"
+        )
     return cache
 
 
 def _uniforms(seed: int, prompt_ids: Sequence[int], copies: int, steps: int) -> Tensor:
-    """Float64 [prompts * copies, steps] in [0, 1), a stream for each (seed, prompt id, response number)."""
-    streams = [
-        np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, number, copy)))).random(steps)
-        for number in prompt_ids
-        for copy in range(copies)
-    ]
+    """Float64 [prompts * copies, steps], a stream a row."""
+    streams = [uniforms(seed, number, copy, steps) for number in prompt_ids for copy in range(copies)]
     return torch.from_numpy(np.stack(streams))
 
 
@@ -344,7 +383,8 @@ def _until_end(tokens: list[int], end_ids: frozenset[int]) -> list[int]:
     return tokens
 
 
-def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end a response: the generation configuration's and the tokenizer's."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     found = [configured] if isinstance(configured, int) else list(configured or [])
     if tokenizer.eos_token_id is not None:

@@ -183,6 +183,15 @@ def test_reward_of_another_base_is_refused(
     assert "fitted on other weights" in complaint
 
 
+def test_engines_are_checked_before_work_starts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    missing = tmp_path / "none"
+    command = ("sample", "--model", missing, "--reward", missing, "--prompts", missing, "--output", tmp_path / "s")
+    assert "base_url is missing" in fails(capsys, *command, "--engine", "openai")
+    assert "asks no server" in fails(capsys, *command, "--base_url", "http://127.0.0.1:1/v1")
+    assert "not http://" in fails(capsys, *command, "--engine", "openai", "--base_url", "ftp://x/v1")
+    assert "expected one of 'transformers', 'continuous', 'openai'" in fails(capsys, *command, "--engine", "vllm")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     process = subprocess.Popen(

@@ -167,6 +167,25 @@ def test_bad_input_is_said_before_any_stage(tmp_path: Path, tiny_config: RunConf
     RunFolder(replace(config, train={"beta": 1.0}))  # the mistake has not claimed the folder
 
 
+def test_a_server_that_is_not_there_is_said_before_any_stage(tmp_path: Path, tiny_config: RunConfig) -> None:
+    said: list[str] = []
+    sample = replace(tiny_config.sample, engine="openai", base_url="http://127.0.0.1:1/v1")
+    config = replace(tiny_config, output_dir=str(tmp_path / "run"), systems=("base", "reprdpo"), sample=sample)
+    with pytest.raises(UserError, match="cannot be reached"):
+        run(config, say=said.append)
+    assert not said
+
+
+def test_a_run_goes_on_with_a_server_elsewhere(tmp_path: Path, tiny_config: RunConfig) -> None:
+    sample = replace(tiny_config.sample, engine="openai", base_url="http://127.0.0.1:1/v1")
+    config = replace(tiny_config, output_dir=str(tmp_path / "run"), sample=sample)
+    RunFolder(config).stage("one", lambda: None, say=lambda line: None)
+    elsewhere = replace(sample, base_url="http://127.0.0.1:2/v1", concurrency=3, request_retries=0)
+    assert RunFolder(replace(config, sample=elsewhere)).done("one")
+    with pytest.raises(UserError, match=r"holds another run \(sample.served_model"):
+        RunFolder(replace(config, sample=replace(sample, served_model="other")))
+
+
 def test_a_real_model_and_real_pairs(real_dir: Path, tmp_path: Path) -> None:
     config = RunConfig(
         output_dir=str(tmp_path / "run"),
@@ -175,7 +194,9 @@ def test_a_real_model_and_real_pairs(real_dir: Path, tmp_path: Path) -> None:
         limit=60,
         systems=("base", "rs", "reprdpo"),
         data=replace(RunConfig(output_dir="x").data, max_length=96, truncation_mode="keep_end"),
-        sample=replace(RunConfig(output_dir="x").sample, num_responses=2, max_new_tokens=12, limit=8),
+        sample=replace(
+            RunConfig(output_dir="x").sample, engine="continuous", num_responses=2, max_new_tokens=12, limit=8
+        ),
         train={"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "beta": 0.1},
         evaluate=replace(
             RunConfig(output_dir="x").evaluate,

@@ -83,3 +83,31 @@ def test_the_shipped_configurations_are_valid(name: str) -> None:
 
     path = Path(reprdpo.experiments.__file__).parent / f"{name}.yaml"
     assert len(load_config(path).systems) >= 7
+
+
+def test_the_sample_section_names_an_engine(tmp_path):
+    server = "engine: openai, base_url: 'http://127.0.0.1:8000/v1', extra_body: {min_p: 0.1}, request_timeout: 9"
+    sample = read(tmp_path, MINIMAL + f"sample: {{{server}, num_responses: 4}}\n").sample
+    assert (sample.engine, sample.num_responses, sample.request_timeout) == ("openai", 4, 9.0)
+    assert sample.extra_body == {"min_p": 0.1}
+    assert read(tmp_path, MINIMAL).sample.engine == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("engine: openai", "base_url is missing"),
+        ("engine: vllm", "sample.engine: expected one of"),
+        ("base_url: 'http://h/v1'", "asks no server"),
+        ("engine: openai, base_url: 'h:8000'", "not http://"),
+        ("engine: openai, base_url: 'http://u:p@h'", "holds a user or password"),
+        ("concurrency: 0", "concurrency is 0"),
+        ("request_retries: -1", "request_retries is -1"),
+        ("request_timeout: 0", "request_timeout is 0"),
+        ("extra_body: [1]", "sample.extra_body: expected a mapping"),
+        ("num_responses: 0", "num_responses is 0"),
+    ],
+)
+def test_bad_engines(tmp_path, section, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, MINIMAL + f"sample: {{{section}}}\n")
