@@ -1,8 +1,8 @@
 """Where the weights of many linear SVMs live: in the span of the rows or among the features, at a bounded size.
 
 Shapes: n rows, L layers, D features, M = D + 1 with the intercept's, U unknowns of a problem (n in the Gram form, else
-M), b problems; ``layer_b``, ascending, says of which layer each is. All is float64, but for the Gram form's matrices where
-float32 is asked for.
+M), b problems; ``layer_b``, ascending, says of which layer each is. All is float64, but for the Gram form's matrices
+where float32 is asked for.
 """
 
 from collections.abc import Callable, Iterator
@@ -121,12 +121,8 @@ class _Gram:
         self.layers, self.unknowns = L, n
         self._features, self._bias, self._device, self._block_bytes = features, bias, device, block_bytes
         self._K_LNN = torch.full((L, n, n), bias * bias, dtype=dtype, device=device)
-        half = (n + 1) // 2
         for layer, _, x_Nd in self._columns(dtype, block_bytes):
-            K_NN = self._K_LNN[layer]
-            K_NN[:half, :half].addmm_(x_Nd[:half], x_Nd[:half].T)
-            K_NN[half:].addmm_(x_Nd[half:], x_Nd.T)
-        self._K_LNN[:, :half, half:] = self._K_LNN[:, half:, :half].mT
+            self._K_LNN[layer].addmm_(x_Nd, x_Nd.T)
         self._layer_b: Tensor | None = None
 
     def _columns(self, dtype: torch.dtype, block_bytes: int) -> Iterator[tuple[int, slice, Tensor]]:
