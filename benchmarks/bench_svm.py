@@ -1,13 +1,16 @@
 """How long L linear SVMs take: all layers together, beside scikit-learn's LinearSVC one layer after another."""
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.harness import Work, measure
@@ -16,20 +19,37 @@ from reprdpo.reward import fit_linear_svm
 # Rows (80 pairs), layers, features: last-token states of a 7B model, its embedding output among them.
 n, L, D = 160, 33, 4096
 TOL = 1e-4
+REAL = Path(os.environ.get("REPRDPO_REAL", Path(__file__).parents[2] / "shared" / "real"))
+STATES = REAL / "states" / "llama2_7b_last_token.safetensors"
+SOURCE = "real states" if STATES.is_file() else "made rows"
 Implementation = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_inputs(seed: int, device: str = "cpu") -> list[Tensor]:
-    """Rows of mean squared norm 1 in each layer, of fast-decaying spectrum and a weak signal, as real states are."""
-    generator = torch.Generator().manual_seed(seed)
+    """Real states of a 7B model where they lie beside the project, else made ones; every layer's variance is 1 / D."""
     labels = torch.cat([torch.ones(n // 2), -torch.ones(n // 2)])
+    features = real_rows() if STATES.is_file() else made_rows(seed, labels)
+    features -= features.mean(0)
+    features /= features.square().sum(2).mean(0).sqrt().clamp(min=1e-6)[:, None]
+    return [features.to(device), labels.to(device)]
+
+
+def real_rows() -> Tensor:
+    states = load_file(STATES)
+    return torch.cat([states["chosen"], states["rejected"]]).float()
+
+
+def made_rows(seed: int, labels: Tensor) -> Tensor:
+    """Rows of fast-decaying spectrum and a weak signal, as real states are."""
+    generator = torch.Generator().manual_seed(seed)
     spectrum = torch.arange(1, n + 1) ** -0.5
     features = torch.empty(n, L, D)
     for layer in range(L):
-        rows = (torch.randn(n, n, generator=generator) * spectrum) @ torch.randn(n, D, generator=generator)
-        rows += labels[:, None] * torch.randn(D, generator=generator)
-        features[:, layer] = (rows - rows.mean(0)) / rows.std(0) / D**0.5
-    return [features.to(device), labels.to(device)]
+        features[:, layer] = (torch.randn(n, n, generator=generator) * spectrum) @ torch.randn(
+            n, D, generator=generator
+        )
+        features[:, layer] += labels[:, None] * torch.randn(D, generator=generator)
+    return features
 
 
 def ours(features: Tensor, labels: Tensor, *, loss: Any) -> Tensor:
@@ -76,15 +96,19 @@ def test_fit_linear_svm(benchmark: BenchmarkFixture, implementation: str, loss: 
     run, device = IMPLEMENTATIONS[implementation]
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    benchmark.group = f"fit_linear_svm {loss}, {n} rows, {L} x {D}, C = 1"
+    benchmark.group = f"fit_linear_svm {loss}, {SOURCE}, {n} x {L} x {D}, C = 1"
     with warnings.catch_warnings(action="ignore"):
         measure(
             benchmark,
             partial(run, loss=loss),
             partial(make_inputs, device=device),
             oracle=partial(oracle, loss=loss),
+            oracle_key=("fit_linear_svm", loss, device),
             max_error=TOL,
             work=Work(bytes=n * L * D * 4, gemms=((n, n, D),) * L),
             dtype=torch.float64,
             device=device,
+            peer=not implementation.startswith("ours"),
+            shape={"n": n, "L": L, "D": D},
+            headline="kernel",
         )

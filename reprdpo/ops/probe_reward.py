@@ -105,14 +105,66 @@ def probe_confidence(
         ValueError: a rank, shape, device or ``gate`` does not fit, the number of sequences is odd, alpha, floor or
             reduce lies outside its range, or the backend asked for cannot serve.
     """
-    checks.check_finite_scalar("alpha", alpha, minimum=0)
-    if floor is not None:
-        checks.check_finite_scalar("floor", floor, minimum=0, maximum=1)
-    checks.check_choice("reduce", reduce, (None, "batch"))
+    options = _confidence_options(alpha, squash, floor, reduce)
     parameters = (probe_weight, probe_bias, gate_weight, gate_bias)
-    options = (alpha, bool(squash), floor, reduce == "batch")
     reward, scores, layer_gate, confidence = _run(hidden_states, index, parameters, gate, options)
     return ProbeConfidence(confidence, reward, scores, layer_gate)
+
+
+class ProbeRows(NamedTuple):
+    """Detached fields of :class:`ProbeConfidence` and what :func:`probe_gradients` needs beside them."""
+
+    confidence: Tensor
+    reward: Tensor
+    layer_scores: Tensor
+    layer_gate: Tensor
+    rows: Tensor  # [B, L, D], the pooled hidden states
+
+
+def probe_rows(
+    hidden_states: Sequence[Tensor] | Tensor,
+    index: Tensor | None,
+    parameters: "Parameters",
+    *,
+    gate: str = "softmax",
+    alpha: float = 7.5,
+    squash: bool = False,
+    floor: float | None = None,
+    reduce: Literal["batch"] | None = None,
+) -> ProbeRows:
+    """As :func:`probe_confidence`, outside autograd: the rows are kept for a backward taken by hand."""
+    options = _confidence_options(alpha, squash, floor, reduce)
+    with torch.no_grad():
+        if not torch.compiler.is_compiling() and _is_plain(hidden_states, index, parameters, gate):
+            layers = [hidden_states] if isinstance(hidden_states, Tensor) else hidden_states
+            backend = _check_once(layers, hidden_states, index, parameters, gate, options)
+            index = index if index is None else index.long()
+            try:
+                results = _forward(backend, layers, index, parameters, gate, index is not None, options)
+            except RuntimeError:
+                _check(hidden_states, index, parameters, gate, options)  # as in _run_eagerly
+                raise
+        else:
+            layers, index = _check(hidden_states, index, parameters, gate, options)
+            results = torch.ops.reprdpo.probe_reward(layers, index, *parameters, gate, index is not None, *options)
+    reward, scores, layer_gate, pooled, confidence = results
+    return ProbeRows(confidence, reward, scores, layer_gate, pooled if index is not None else layers[0])
+
+
+def probe_gradients(
+    upstream_B: Tensor, scored: ProbeRows, parameters: "Parameters", *, gate: str = "softmax"
+) -> list[Tensor]:
+    """The gradients of w, b, v (where there is one) and c for an upstream gradient of the reward."""
+    probe_weight, _, gate_weight, _ = parameters
+    rows = scored.rows
+    needs = [False, True, True, gate_weight is not None, True]
+    given = (rows, None, probe_weight, gate_weight, scored.layer_scores, scored.layer_gate, gate, rows.shape, 1)
+    with torch.no_grad():
+        if type(rows) is Tensor and not torch._C._len_torch_dispatch_stack():
+            _, *grads = _gradients((upstream_B, None, None), *given, rows.dtype, needs)
+        else:
+            _, *grads = torch.ops.reprdpo.probe_reward_backward(upstream_B, None, None, *given, rows.dtype, needs)
+    return [grad for grad, need in zip(grads, needs[1:], strict=True) if need]
 
 
 # probe_weight, probe_bias, gate_weight, gate_bias.
@@ -123,6 +175,14 @@ _NO_CONFIDENCE: ConfidenceOptions = (None, False, None, False)
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 # Of reward, layer_scores and layer_gate.
 Upstream = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _confidence_options(alpha: float, squash: bool, floor: float | None, reduce: str | None) -> ConfidenceOptions:
+    checks.check_finite_scalar("alpha", alpha, minimum=0)
+    if floor is not None:
+        checks.check_finite_scalar("floor", floor, minimum=0, maximum=1)
+    checks.check_choice("reduce", reduce, (None, "batch"))
+    return alpha, bool(squash), floor, reduce == "batch"
 
 
 def _run(

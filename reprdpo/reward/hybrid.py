@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,14 @@ class RewardMetadata:
     scaling: str = _SCALING
     fit: dict[str, Any] | None = None
     version: str = __version__
+
+
+class Scored(NamedTuple):
+    """A batch's rewards [2P], the confidence [P] taken from them, and Eq. 7 on them (a scalar); all detached."""
+
+    reward: Tensor
+    confidence: Tensor
+    nll: Tensor
 
 
 class HybridReward(nn.Module):
@@ -113,15 +121,24 @@ class HybridReward(nn.Module):
 
     def forward(self, hidden_states: Sequence[Tensor] | Tensor, index: Tensor | None = None) -> ProbeReward:
         """Reward [B], layer scores and gate [B, L]; arguments and errors are :func:`reprdpo.ops.probe_reward`'s."""
-        return ops.probe_reward(
-            hidden_states,
-            index,
-            self.probe_weight,
-            self.probe_bias,
-            self.gate_weight,
-            self.gate_bias,
-            gate=self.gate,
-        )
+        return ops.probe_reward(hidden_states, index, *self.op_parameters, gate=self.gate)
+
+    @property
+    def op_parameters(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """w, b, v and c, as the ops take them."""
+        return self.probe_weight, self.probe_bias, self.gate_weight, self.gate_bias
+
+    @torch.no_grad()
+    def score(
+        self, hidden_states: Sequence[Tensor] | Tensor, index: Tensor | None, *, margin: float = 1.0, **options: Any
+    ) -> Scored:
+        """Rewards, confidence and Eq. 7 of 2P sequences, all chosen then all rejected, in one pass over the states.
+
+        ``options`` are those of :func:`reprdpo.ops.probe_confidence`, alpha and squash the reward's own by default.
+        """
+        options = {"alpha": self.alpha, "squash": self.squash} | options
+        found = ops.probe_confidence(hidden_states, index, *self.op_parameters, gate=self.gate, **options)
+        return Scored(found.reward, found.confidence, self.nll(*found.reward.chunk(2), margin))
 
     def confidence(
         self,

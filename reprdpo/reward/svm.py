@@ -15,12 +15,18 @@ from reprdpo.errors import UserError
 from reprdpo.reward.folds import grouped_folds
 from reprdpo.reward.svm_forms import Form, Plan, make_form, plan
 from reprdpo.reward.svm_interior import interior_point
-from reprdpo.reward.svm_newton import Solution, newton
+from reprdpo.reward.svm_newton import Solution, losses, newton, shortfall
 
 Loss = Literal["squared_hinge", "hinge"]
 
 # What the first of two methods may take before the other has its turn.
 _NEWTON_STEPS, _INTERIOR_STEPS = 16, 32
+# Of a fit in float32, which needs fewer or does not get there.
+_SINGLE_STEPS, _SINGLE_REACH = 24, 100.0
+# How much longer than the solver's the weights may be made.
+_LONGER = (0.0, *(10.0**power for power in range(-15, -5)))
+# Of the tolerance, as the certified gap differs from the solver's by rounding.
+_INNER_TOL = 0.9
 _CPU_WORKING_BYTES = 1 << 28
 _CUDA_MEMORY_SHARE = 8
 _CHECKED_BYTES = 1 << 26
@@ -31,7 +37,7 @@ class LinearSVM(NamedTuple):
 
     coef: Tensor  # [L, D], float64 for float64 features, else float32
     intercept: Tensor  # [L], likewise
-    objective: Tensor  # [L] float64
+    objective: Tensor  # [L] float64, of the weights before they are rounded to the dtype returned
     n_iter: int  # steps of the slowest layer
     converged: Tensor  # [L] bool
     C: Tensor  # [L] float64, the one used
@@ -127,11 +133,34 @@ def _fit_layers(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
     """Of each layer coefficients, intercept, objective, relative gap, C, folds' gap; steps of the slowest problem.
 
+    A single fit of a Gram form is tried on matrices in float32 first, whose product is most of the time on a CPU; that
+    only guides the search, as the gap is of the features themselves in float64.
+    """
+    if cut.form == "gram" and len(grid) == 1 and y_N.device.type == "cpu" and _bears_single(features, grid[0], bias):
+        form = make_form(features, bias, y_N.device, cut, single=True)
+        few = options._replace(max_iter=min(options.max_iter, _SINGLE_STEPS))
+        found = _fit_form(form, y_N, weight_PN, grid, cut, few)
+        if bool((found[3] <= options.tol).all()):
+            return found
+        del form, found
+    return _fit_form(make_form(features, bias, y_N.device, cut), y_N, weight_PN, grid, cut, options)
+
+
+def _bears_single(features: Tensor, cost: float, bias: float) -> bool:
+    """Whether the products in float32 are likely to do, judged by what some rows' duals may add to their own scores."""
+    some = features[:: 1 + len(features) // 8].float()
+    return features.dtype != torch.float64 and cost * (float(some.square().sum(2).max()) + bias**2) <= _SINGLE_REACH
+
+
+def _fit_form(
+    form: Form, y_N: Tensor, weight_PN: Tensor, grid: list[float], cut: Plan, options: _Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """As :func:`_fit_layers`.
+
     The first row of weights is the fit itself, each other leaves a fold out by weight 0; all share their layer's
     matrix and are solved side by side.
     """
-    n, layers, _ = features.shape
-    form = make_form(features, bias, y_N.device, cut)
+    n, layers = len(y_N), form.layers
     hits_GL = y_N.new_zeros(len(grid), layers)
     fold_gap_L, fits, steps = y_N.new_zeros(layers), [], 0
     for first in range(0, len(weight_PN), cut.problems):
@@ -141,18 +170,45 @@ def _fit_layers(
         solution = Solution.zero(form, layers * k, y_N)
         for g, cost in enumerate(grid):
             steps = max(steps, _solve(form, y_N, cost * weight_KN.repeat(layers, 1), layer_B, solution, options))
-            gap_LK = (solution.gap / solution.objective).view(layers, k)
             if not first:
-                fits.append((solution.z[::k].clone(), solution.objective[::k].clone(), gap_LK[:, 0]))
+                fits.append((solution.z[::k].clone(), solution.dual[::k].clone()))
             held_KN = weight_PN[:1] - weight_KN
             right_LKN = solution.scores.view(layers, k, n) * y_N > 0
             hits_GL[g] += (right_LKN * held_KN).sum((1, 2))
-            fold_gap_L = fold_gap_L.maximum(gap_LK.amax(1))
+            if len(grid) > 1:
+                fold_gap_L = fold_gap_L.maximum((solution.gap / solution.objective).view(layers, k).amax(1))
     best_L = hits_GL.argmax(0)
     every_L = torch.arange(layers, device=best_L.device)
-    z, objective, gap = (torch.stack(part)[best_L, every_L] for part in zip(*fits, strict=True))
+    z, dual_LN = (torch.stack(part)[best_L, every_L] for part in zip(*fits, strict=True))
     C_L = torch.tensor(grid, dtype=torch.float64, device=y_N.device)[best_L]
-    return *form.weights(z), objective, gap, C_L, fold_gap_L, steps
+    return *_certify(form, z, dual_LN, y_N, C_L[:, None] * weight_PN[:1], options.hinge), C_L, fold_gap_L, steps
+
+
+def _certify(
+    form: Form, z: Tensor, dual_LN: Tensor, y_N: Tensor, cost_LN: Tensor, hinge: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Coefficients, intercept, objective and relative gap of each layer, from the features and not from the solver.
+
+    Where costs are huge, the rounding of the solver's scores alone may cost more than all the rest: of slightly longer
+    weights those of the least objective are taken. With ``w'`` the dual's weights, the gap is
+    ``|w - w'|^2 / 2 + sum_i cost_i loss(slack_i) + conjugate(dual_i) - dual_i slack_i``, no term negative.
+    """
+    w = form.weights(z, y_N * dual_LN)
+    margin_LN = y_N * w.scores
+    apart_L = w.norm2 - (dual_LN * margin_LN).sum(1)  # w . (w - w')
+    best: tuple[Tensor, ...] | None = None
+    for longer in _LONGER:
+        slack_LN = 1 - margin_LN - longer * margin_LN
+        distance2_L = (w.distance2 + longer * (2 * apart_L + longer * w.norm2)).clamp(min=0)
+        objective_L = (1 + longer) ** 2 * w.norm2 / 2 + losses(slack_LN, cost_LN, hinge)
+        gap_L = distance2_L / 2 + shortfall(slack_LN, dual_LN, cost_LN, hinge)
+        found = (torch.full_like(objective_L, 1 + longer), objective_L, gap_L)
+        if best is not None:
+            found = tuple(torch.where(objective_L < best[1], new, old) for new, old in zip(found, best, strict=True))
+        best = found
+    assert best is not None
+    length_L, objective_L, gap_L = best
+    return w.coef * length_L[:, None], w.intercept * length_L, objective_L, gap_L / objective_L
 
 
 def _solve(form: Form, y_N: Tensor, cost_BN: Tensor, layer_B: Tensor, solution: Solution, options: _Options) -> int:
@@ -166,6 +222,7 @@ def _solve(form: Form, y_N: Tensor, cost_BN: Tensor, layer_B: Tensor, solution: 
         The steps of the slowest problem.
     """
     hinge, tol, max_iter = options
+    tol *= _INNER_TOL
     methods: list[tuple[Callable[..., int], int]] = [(newton, max_iter)]
     if form.direct:
         methods = [(newton, _NEWTON_STEPS), (interior_point, max_iter)]

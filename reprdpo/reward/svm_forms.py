@@ -1,7 +1,8 @@
 """Where the weights of many linear SVMs live: in the span of the rows or among the features, at a bounded size.
 
 Shapes: n rows, L layers, D features, M = D + 1 with the intercept's, U unknowns of a problem (n in the Gram form, else
-M), b problems; ``layer_b``, ascending, says of which layer each is. All arithmetic is float64.
+M), b problems; ``layer_b``, ascending, says of which layer each is. All is float64, but for the Gram form's matrices
+where float32 is asked for.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from torch import Tensor
 _CG_STEPS = 1000
 _CG_TOLERANCE = 1e-2
 _DOUBLE = 8
+# A block that is read twice stays in a core's cache.
+_CACHED_BYTES = 1 << 19
 
 
 FormName = Literal["gram", "primal", "streamed", "cg"]
@@ -53,6 +56,7 @@ def plan(n: int, L: int, M: int, problems: int, working_bytes: int) -> Plan:
 class Form(Protocol):
     """Unknowns z [b, U] that stand for weights w; ``image(z)`` is such that ``(u * image(z)).sum(1)`` is w_u . w_z."""
 
+    layers: int
     unknowns: int
     direct: bool  # whether systems are factored, so that `row_solver` is there
 
@@ -80,15 +84,28 @@ class Form(Protocol):
         """``(X X^T + diag(1 / inverse))^-1`` on [b, n], factored once; rows of inverse 0 give 0."""
         ...
 
-    def weights(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients [L, D] and intercepts [L] of one problem a layer."""
+    def weights(self, z: Tensor, row_LN: Tensor) -> "Weights":
+        """Those of one problem a layer, computed anew from the features, beside ``w' = sum_i row_i x_i``."""
         ...
 
 
-def make_form(features: Tensor, bias: float, device: torch.device, cut: Plan) -> Form:
-    """The form planned, on [n, L, D] features of any floating dtype and device and a constant feature ``bias``."""
+class Weights(NamedTuple):
+    """Weights w, one problem a layer."""
+
+    coef: Tensor  # [L, D]
+    intercept: Tensor  # [L]
+    scores: Tensor  # w . x, [L, n]
+    norm2: Tensor  # |w|^2, [L]
+    distance2: Tensor  # |w - w'|^2, [L]
+
+
+def make_form(features: Tensor, bias: float, device: torch.device, cut: Plan, *, single: bool = False) -> Form:
+    """The form planned, on [n, L, D] features of any floating dtype and device and a constant feature ``bias``.
+
+    ``single``: the Gram form makes and factors its matrices in float32.
+    """
     if cut.form == "gram":
-        return _Gram(features, bias, device, cut.block_bytes)
+        return _Gram(features, bias, device, cut.block_bytes, torch.float32 if single else torch.float64)
     return (_ConjugateGradient if cut.form == "cg" else _Primal)(features, bias, device, cut)
 
 
@@ -97,20 +114,22 @@ class _Gram:
 
     direct = True
 
-    def __init__(self, features: Tensor, bias: float, device: torch.device, block_bytes: int) -> None:
+    def __init__(
+        self, features: Tensor, bias: float, device: torch.device, block_bytes: int, dtype: torch.dtype
+    ) -> None:
         n, L, _ = features.shape
-        self.unknowns = n
+        self.layers, self.unknowns = L, n
         self._features, self._bias, self._device, self._block_bytes = features, bias, device, block_bytes
-        self._K_LNN = torch.full((L, n, n), bias * bias, dtype=torch.float64, device=device)
-        for layer, _, x_Nd in self._columns():
+        self._K_LNN = torch.full((L, n, n), bias * bias, dtype=dtype, device=device)
+        for layer, _, x_Nd in self._columns(dtype, block_bytes):
             self._K_LNN[layer].addmm_(x_Nd, x_Nd.T)
         self._layer_b: Tensor | None = None
 
-    def _columns(self) -> Iterator[tuple[int, slice, Tensor]]:
+    def _columns(self, dtype: torch.dtype, block_bytes: int) -> Iterator[tuple[int, slice, Tensor]]:
         """Each layer's features, some columns at a time; a block is overwritten by the next."""
         n, L, D = self._features.shape
-        width = max(1, min(D, self._block_bytes // (_DOUBLE * n)))
-        buffer = torch.empty(n * width, dtype=torch.float64, device=self._device)
+        width = max(1, min(D, block_bytes // (dtype.itemsize * n)))
+        buffer = torch.empty(n * width, dtype=dtype, device=self._device)
         for layer in range(L):
             for first in range(0, D, width):
                 columns = slice(first, min(first + width, D))
@@ -124,7 +143,8 @@ class _Gram:
         return self._K_bNN
 
     def scores(self, z: Tensor, layer_b: Tensor) -> Tensor:
-        return (self._kernel(layer_b) @ z[:, :, None])[:, :, 0]
+        K_bNN = self._kernel(layer_b)
+        return (K_bNN @ z[:, :, None].to(K_bNN.dtype))[:, :, 0].double()
 
     def pull(self, row_bN: Tensor, layer_b: Tensor) -> Tensor:
         return row_bN
@@ -139,15 +159,23 @@ class _Gram:
         return z - self.row_solver(curvature_bN, layer_b)(image)
 
     def row_solver(self, inverse_bN: Tensor, layer_b: Tensor) -> Callable[[Tensor], Tensor]:
-        root_bN = inverse_bN.sqrt()
-        factor = _factor((self._kernel(layer_b) * root_bN[:, :, None]).mul_(root_bN[:, None, :]))
-        return lambda right_bN: root_bN * _back(factor, root_bN * right_bN)
+        K_bNN = self._kernel(layer_b)
+        root_bN = inverse_bN.sqrt().to(K_bNN.dtype)
+        factor = _factor((K_bNN * root_bN[:, :, None]).mul_(root_bN[:, None, :]))
+        return lambda right_bN: (root_bN * _back(factor, root_bN * right_bN.to(root_bN.dtype))).double()
 
-    def weights(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def weights(self, z: Tensor, row_LN: Tensor) -> Weights:
         coef = z.new_empty(self._features.shape[1:])
-        for layer, columns, x_Nd in self._columns():
-            coef[layer, columns] = z[layer] @ x_Nd
-        return coef, self._bias**2 * z.sum(1)
+        both_L2N = torch.stack([z, z - row_LN], dim=1)
+        constant_L2 = self._bias * both_L2N.sum(2)
+        norm2_L2 = constant_L2.square()
+        scores_LN = (self._bias * constant_L2[:, :1]).repeat(1, z.shape[1])
+        for layer, columns, x_Nd in self._columns(torch.float64, min(self._block_bytes, _CACHED_BYTES)):
+            both_2d = both_L2N[layer] @ x_Nd
+            coef[layer, columns] = both_2d[0]
+            norm2_L2[layer] += both_2d.square().sum(1)
+            scores_LN[layer].addmv_(x_Nd, both_2d[0])
+        return Weights(coef, self._bias * constant_L2[:, 0], scores_LN, *norm2_L2.unbind(1))
 
 
 class _Primal:
@@ -157,7 +185,7 @@ class _Primal:
 
     def __init__(self, features: Tensor, bias: float, device: torch.device, cut: Plan) -> None:
         n, L, D = features.shape
-        self.unknowns = D + (bias != 0)
+        self.layers, self.unknowns = L, D + (bias != 0)
         self._features, self._bias, self._device = features, bias, device
         self._height = max(1, min(n, cut.block_bytes // (_DOUBLE * self.unknowns)))
         self._x_LNM: Tensor | None = None
@@ -230,9 +258,11 @@ class _Primal:
             system[i].baddbmm_(scaled.mT, scaled)
         return _factor(system)
 
-    def weights(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        D = self._features.shape[2]
-        return z[:, :D], self._bias * z[:, D:].sum(1)
+    def weights(self, z: Tensor, row_LN: Tensor) -> Weights:
+        D, layer_L = self._features.shape[2], torch.arange(len(z), device=z.device)
+        distance2_L = (z - self.pull(row_LN, layer_L)).square().sum(1)
+        scores_LN = self.scores(z, layer_L)
+        return Weights(z[:, :D], self._bias * z[:, D:].sum(1), scores_LN, z.square().sum(1), distance2_L)
 
 
 class _ConjugateGradient(_Primal):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from reprdpo.reward.svm_forms import Form
-from reprdpo.reward.svm_newton import Solution, losses
+from reprdpo.reward.svm_newton import Solution, losses, shortfall
 
 _WALL_SHARE = 0.99  # of the way to the nearest wall
 _START_SHARE = 0.1  # of the width of the box, that a warm start keeps off the walls
@@ -42,7 +42,7 @@ def interior_point(
         f_bN = form.scores(z, layer_b)
         slack_bN = 1 - y_N * f_bN
         objective_b = form.norm2(z, f_bN) / 2 + losses(slack_bN, state.cost, hinge)
-        gap_b = state.gap(slack_bN)
+        gap_b = shortfall(slack_bN, state.a, state.cost, hinge)
         open_b = ~(gap_b <= tol * objective_b)
         left = 0 if step == max_iter else int(open_b.sum())
         if left < len(at):
@@ -76,14 +76,6 @@ class _State:
         for name in ("cost", "real", "a", "ridge", "low", "high"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value[which_b])
-
-    def gap(self, slack_bN: Tensor) -> Tensor:
-        """Between the objectives of the weights of a and of a itself, without cancellation."""
-        positive_bN = slack_bN.clamp(min=0)
-        if self.hinge:
-            return (self.cost * positive_bN - self.a * slack_bN).sum(1)
-        apart_bN = positive_bN - self.ridge * self.a
-        return (self.cost * apart_bN.square() + self.a * (positive_bN - slack_bN)).sum(1)
 
     def advance(self, form: Form, y_N: Tensor, slack_bN: Tensor, layer_b: Tensor) -> None:
         """One step of predictor and corrector."""

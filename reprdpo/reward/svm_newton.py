@@ -75,7 +75,7 @@ def newton(
         image = form.image(residual, layer_b)
         inner_b = (residual * image).sum(1) / 2
         objective_b = form.norm2(z, f_bN) / 2 + losses(slack_bN, cost_bN, hinge)
-        gap_b = inner_b + shortfall(slack_bN, dual_bN, cost_bN) if hinge else inner_b
+        gap_b = inner_b + shortfall(slack_bN, dual_bN, cost_bN, hinge) if hinge else inner_b
         open_b = ~(gap_b <= tol * objective_b)
         left = 0 if step == max_iter else int(open_b.sum())
         if left < len(at):
@@ -115,9 +115,13 @@ def losses(slack_bN: Tensor, cost_bN: Tensor, hinge: bool) -> Tensor:
     return (cost_bN * (positive_bN if hinge else positive_bN.square())).sum(1)
 
 
-def shortfall(slack_bN: Tensor, dual_bN: Tensor, cost_bN: Tensor) -> Tensor:
-    """What the hinge's complementarity lacks, [b]: the gap, where the weights are those of the dual variables."""
-    return (cost_bN * slack_bN.clamp(min=0) - dual_bN * slack_bN).sum(1)
+def shortfall(slack_bN: Tensor, dual_bN: Tensor, cost_bN: Tensor, hinge: bool) -> Tensor:
+    """What complementarity lacks, [b]: the gap, where the weights are those of the dual variables."""
+    positive_bN = slack_bN.clamp(min=0)
+    if hinge:
+        return (cost_bN * positive_bN - dual_bN * slack_bN).sum(1)
+    apart_bN = positive_bN - torch.where(cost_bN > 0, 0.5 * dual_bN / cost_bN, 0)
+    return (cost_bN * apart_bN.square() + dual_bN * (positive_bN - slack_bN)).sum(1)
 
 
 def _dual(slack_bN: Tensor, offset_bN: Tensor, stiffness_bN: Tensor, cost_bN: Tensor, hinge: bool) -> Tensor:

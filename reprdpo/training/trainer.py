@@ -105,7 +105,6 @@ class ReprDPOTrainer(BaseTrainer):
         self._updater = None
         if self.reward is not None and args.update_reward:
             self._updater = RewardUpdater(self.reward, lr=args.reward_learning_rate, margin=args.reward_margin)
-        self._scored: list[Tensor] = []
         spread = "confidence/mean" if args.confidence_source == "reward" else None
         self._windows = {True: MetricWindow(spread), False: MetricWindow(spread)}
         self._histogram = ConfidenceHistogram()
@@ -207,29 +206,23 @@ class ReprDPOTrainer(BaseTrainer):
         if self.model.training:
             flop = costs.reward_flop(*reward.probe_weight.shape, sequences=len(states[0]), update=updater is not None)
             self.costs.count(flop, "reward")
-        states = [state.detach() for state in states]
-        with torch.set_grad_enabled(updater is not None):
-            if reward.metadata.pool == "mean":
-                rewards_S = reward(_mean_over_tokens(states, inputs["attention_mask"])).reward
-            else:
-                rewards_S = reward(states, inputs["last_token_index"]).reward
-        chosen_P, rejected_P = rewards_S.detach().chunk(2)
-        confidence_P = ops.preference_confidence(
-            chosen_P,
-            rejected_P,
-            alpha=self.args.alpha_or(reward.alpha),
-            squash=reward.squash if self.args.squash is None else self.args.squash,
-            floor=self.args.confidence_floor,
-            reduce=self.args.confidence_reduce,
-        )
-        nll = reward.nll(chosen_P, rejected_P, margin=self.args.reward_margin)
-        if updater is not None:
-            self._scored.append(rewards_S)
+        index_S: Tensor | None = inputs["last_token_index"]
+        pooled: list[Tensor] | Tensor = [state.detach() for state in states]
+        if reward.metadata.pool == "mean":
+            pooled, index_S = _mean_over_tokens(pooled, inputs["attention_mask"]), None
+        options = {
+            "alpha": self.args.alpha_or(reward.alpha),
+            "squash": reward.squash if self.args.squash is None else self.args.squash,
+            "floor": self.args.confidence_floor,
+            "reduce": self.args.confidence_reduce,
+        }
+        if updater is None:
+            scored = reward.score(pooled, index_S, margin=self.args.reward_margin, **options)
+        else:
+            scored = updater.accumulate(pooled, index_S, **options)
             if self.accelerator.sync_gradients:
-                halves = zip(*(scored_S.chunk(2) for scored_S in self._scored), strict=True)
-                updater.step_on_rewards(*(torch.cat(half) for half in halves))
-                self._scored.clear()
-        return _Hybrid(chosen_P, rejected_P, confidence_P, nll)
+                updater.apply()
+        return _Hybrid(*scored.reward.chunk(2), scored.confidence, scored.nll)
 
     def _record(self, result: Any, hybrid: _Hybrid | None, *, training: bool) -> None:
         values = {

@@ -50,12 +50,46 @@ def test_the_policy_gets_no_gradient() -> None:
     assert policy.grad is not None
 
 
-def test_rewards_already_scored_give_the_same_step() -> None:
-    one, other = make_reward(), make_reward()
-    a = RewardUpdater(one).step(batch())
-    b = RewardUpdater(other).step_on_rewards(*other(batch()).reward.chunk(2))
-    assert torch.equal(a, b)
-    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+@pytest.mark.parametrize("gate", GATES)
+def test_rewards_already_scored_give_the_same_step(gate: str) -> None:
+    """Autograd's gradients and the closed form's; a large eps, as Adam's first step is otherwise their sign alone."""
+    one, other = make_reward(gate), make_reward(gate)
+    for updater in (one_updater := RewardUpdater(one), other_updater := RewardUpdater(other)):
+        updater._optimizer.param_groups[0]["eps"] = 1.0
+    a = one_updater.step(batch())
+    b = other_updater.step_on_rewards(*other(batch()).reward.chunk(2))
+    torch.testing.assert_close(a, b)
+    for p, q, start in zip(one.parameters(), other.parameters(), make_reward(gate).parameters(), strict=True):
+        torch.testing.assert_close(p - start, q - start, rtol=1e-3, atol=1e-7)
+    assert not torch.equal(one.gate_bias, make_reward(gate).gate_bias)
+
+
+def test_batches_of_unequal_size_accumulate_to_the_whole() -> None:
+    whole, parts = make_reward(), make_reward()
+    states = torch.randn(12, 3, 16)
+    updaters = [RewardUpdater(whole), RewardUpdater(parts)]
+    for updater in updaters:
+        updater._optimizer.param_groups[0]["eps"] = 1.0
+    updaters[0].step(states)
+    chosen, rejected = states.chunk(2)
+    for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        updaters[1].accumulate(torch.cat([chosen[rows], rejected[rows]]))
+    assert all(torch.equal(p, q) for p, q in zip(parts.parameters(), make_reward().parameters(), strict=True))
+    updaters[1].apply()
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_scored_is_gamma_and_the_loss_of_the_reward_as_it_stood() -> None:
+    reward = make_reward()
+    before = reward.score(batch(), None, margin=0.5, alpha=3.0, floor=0.2)
+    scored = RewardUpdater(reward, margin=0.5).accumulate(batch(), alpha=3.0, floor=0.2)
+    for got, expected in zip(scored, before, strict=True):
+        torch.testing.assert_close(got, expected)
+    chosen, rejected = by_formula(reward, batch()).detach().chunk(2)
+    torch.testing.assert_close(scored.confidence.double(), torch.sigmoid(3 * (chosen - rejected)).clamp(min=0.2))
+    with pytest.raises(ValueError, match="floor"):
+        RewardUpdater(reward).accumulate(batch(), floor=2.0)
 
 
 def test_works_under_no_grad_and_autocast() -> None:

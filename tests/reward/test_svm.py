@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.harness import peak_bytes
 from reprdpo.errors import UserError
 from reprdpo.reward import LinearSVM, fit_linear_svm
+from reprdpo.reward import svm as svm_module
 from reprdpo.reward.folds import grouped_folds
 from reprdpo.reward.svm_forms import plan
 
@@ -174,6 +175,33 @@ def test_bad_scaling_still_converges(loss: str) -> None:
     tall, labels = make(90, 2, 30)
     assert fit_linear_svm(tall + 100, labels, C=1e3, loss=loss).converged.all()
     assert fit_linear_svm(tall * torch.logspace(-3, 3, 30), labels, C=1e3, loss=loss).converged.all()
+
+
+@pytest.mark.parametrize(("n", "D", "C"), [(30, 200, 1e6), (12, 20, 1e8)])
+def test_converged_is_of_the_features_themselves(n: int, D: int, C: float) -> None:
+    """Where scores kept by the solver, or a Gram matrix, are off by enough to cost more than all the rest."""
+    for _ in range(3):
+        features, labels = make(n, 2, D)
+        features *= torch.logspace(-3, 3, D)
+        with warnings.catch_warnings(action="ignore"):
+            svm = fit_linear_svm(features, labels, C=C, loss="hinge")
+        assert svm.converged.any()
+        for layer in svm.converged.nonzero().flatten().tolist():
+            found = objective(features[:, layer], labels, svm.coef[layer], svm.intercept[layer], C, loss="hinge")
+            assert found == pytest.approx(svm.objective[layer].item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("C", [1e-2, 1.0, 1e3])
+def test_products_in_float32_cost_no_accuracy(monkeypatch: pytest.MonkeyPatch, loss: str, C: float) -> None:
+    """They are tried whatever C is here; where they do not do, float64 takes over."""
+    monkeypatch.setattr(svm_module, "_SINGLE_REACH", torch.inf)
+    features, labels = make(60, 3, 300)
+    features = (features + 3).float()
+    tried = fit_linear_svm(features, labels, C=C, loss=loss)
+    exact = fit_linear_svm(features.double(), labels, C=C, loss=loss, tol=1e-9)
+    assert tried.converged.all()
+    torch.testing.assert_close(tried.objective, exact.objective, rtol=1e-4, atol=0)
 
 
 def budget(form: str, n: int, D: int, problems: int = 1) -> int:
