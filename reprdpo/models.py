@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
@@ -134,16 +134,35 @@ def forward_flop(model: nn.Module, tokens: int, scored: int = 0) -> int:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A hash of the parameters' names, shapes and bytes: equal for equal models, whatever their folder is called.
-
-    Under peft it is that of the base model: adapters do not count.
-    """
+    """A hash of the parameters' names, shapes and bytes: equal for equal models, whatever their folder is called."""
     digest = hashlib.sha256()
-    for name, parameter in _base_parameters(unwrap(model)):
+    for name, parameter in sorted(unwrap(model).named_parameters()):
         digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
         flat = parameter.detach().cpu().contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """A hash of what a model was trained from: equal with and without peft's adapters, in whatever dtype it is held.
+
+    A dtype that rounds the values makes another model of it; one that only holds them wider does not.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in _base_parameters(unwrap(model)):
+        flat = _narrowest(parameter.detach().cpu().contiguous().view(-1))
+        digest.update(json.dumps([name, list(parameter.shape), str(flat.dtype)]).encode())
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _narrowest(values: Tensor) -> Tensor:
+    """The same values in the first dtype that holds them exactly, so that how they were loaded leaves no trace."""
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = values.to(dtype)
+        if values.dtype.is_floating_point and torch.equal(narrow.to(values.dtype), values):
+            return narrow
+    return values
 
 
 def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ trl = pytest.importorskip("trl")
 
 from integrations.conftest import PAIRS, as_chat  # noqa: E402
 
+from reprdpo import cli  # noqa: E402
 from reprdpo.data import load_preferences  # noqa: E402
 from reprdpo.errors import UserError  # noqa: E402
 from reprdpo.files import read_json  # noqa: E402
@@ -388,6 +390,43 @@ def test_bf16_starts_at_log_2(
     lines = logged(trainer)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=0.02 if precompute else 1e-4)
     assert all(math.isfinite(value) for line in lines for value in line.values())
+
+
+def readme_script() -> tuple[str, str]:
+    """The script of the section on TRL, before and after."""
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    (diff,) = re.findall(r"```diff\n(.*?)```", text, flags=re.DOTALL)
+    before, after = (
+        "".join(line[1:] for line in diff.splitlines(keepends=True) if line[0] in f" {sign}") for sign in "-+"
+    )
+    return before, after
+
+
+def test_the_readme_turns_a_script_of_trls_into_the_method(
+    model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it stands, on weights stored in bf16, which TRL loads as float32 and `reprdpo fit` does not."""
+    monkeypatch.chdir(tmp_path)
+    load_causal_lm(model_dir).to(torch.bfloat16).save_pretrained("path/to/model")
+    load_tokenizer(model_dir).save_pretrained("path/to/model")
+    rows = [pair | {"prompt": f"{pair['prompt']}{' to me' * k}"} for pair in PAIRS for k in range(3)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["fit", "--model", "path/to/model", "--preferences", "pairs.jsonl", "--output", "reward"]) == 0
+    before, after = readme_script()
+    for script, method in ((before, False), (after, True)):
+        names: dict[str, Any] = {}
+        exec(
+            compile(
+                script.replace("DPOConfig(", "DPOConfig(use_cpu=True, report_to='none', max_steps=2, "),
+                "README.md",
+                "exec",
+            ),
+            names,
+        )
+        trainer = names["trainer"]
+        assert isinstance(trainer, RepresentationDPOTrainer) == method
+        assert ("confidence/mean" in trainer.state.log_history[0]) == method
+    assert (Path("aligned") / "checkpoint-2" / "reward" / "reward.json").is_file()
 
 
 def test_a_streamed_dataset(make_config: Make, make_reward: Make, model_dir: str, pairs: Dataset) -> None:
