@@ -70,6 +70,7 @@ class RepresentationDPOTrainer(DPOTrainer):
             reward fitted on another base model, a model whose head the ops cannot serve, a vision-language model.
     """
 
+    _precompute_model_hash: Any
     _tag_names: ClassVar = ["trl", "dpo", "reprdpo"]
     _name = "Representation DPO"
     _paper: ClassVar = {
@@ -80,8 +81,7 @@ class RepresentationDPOTrainer(DPOTrainer):
     def __init__(self, *args: Any, reward: HybridReward | str | Path | None = None, **kwargs: Any) -> None:
         given = dict(zip(("model", "ref_model", "args"), args, strict=False)) | kwargs
         _check_config(given.get("args"), with_reward=reward is not None)
-        if isinstance(given.get("processing_class"), ProcessorMixin):
-            raise _vision()
+        _check_processor(given.get("processing_class"))
         self.reward = HybridReward.from_pretrained(reward) if isinstance(reward, (str, Path)) else reward
         self._checked = False
         if isinstance(given.get("model"), nn.Module):
@@ -175,7 +175,7 @@ class RepresentationDPOTrainer(DPOTrainer):
             self._confidence.write_histogram(self.args.output_dir)
         return output
 
-    def _reference(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _reference(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         if self.precompute_ref_logps:
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         return self.compute_ref_log_probs(self.ref_model or self.model, inputs)
@@ -213,15 +213,16 @@ class RepresentationDPOTrainer(DPOTrainer):
     ) -> None:
         assert result.stats is not None
         tokens_S = inputs["completion_mask"][:, 1:].sum(1)
-        chosen, rejected = (slice(None, len(result.chosen_logp)), slice(len(result.chosen_logp), None))
+        chosen_tokens_P, rejected_tokens_P = tokens_S.chunk(2)
+        chosen_logit_P, rejected_logit_P = result.stats.mean_logit.chunk(2)
         chosen_reward_P = self.beta * (result.chosen_logp - reference[0])
         rejected_reward_P = self.beta * (result.rejected_logp - reference[1])
         values = {
             "loss": result.loss,
             "entropy": _token_mean(result.stats.entropy, tokens_S),
-            "logits/chosen": _token_mean(result.stats.mean_logit[chosen], tokens_S[chosen]),
-            "logits/rejected": _token_mean(result.stats.mean_logit[rejected], tokens_S[rejected]),
-            "mean_token_accuracy": _token_mean(result.stats.top1_accuracy[chosen], tokens_S[chosen]),
+            "logits/chosen": _token_mean(chosen_logit_P, chosen_tokens_P),
+            "logits/rejected": _token_mean(rejected_logit_P, rejected_tokens_P),
+            "mean_token_accuracy": _token_mean(result.stats.top1_accuracy.chunk(2)[0], chosen_tokens_P),
             "rewards/chosen": chosen_reward_P,
             "rewards/rejected": rejected_reward_P,
             "rewards/accuracies": chosen_reward_P > rejected_reward_P,
@@ -252,14 +253,16 @@ class RepresentationDPOTrainer(DPOTrainer):
         if self.reward is not None:
             allowed = _confidence_config(args).allow_reward_descendant
             self.reward.check_base(model, allow_descendant=allowed)
+        _check_processor(getattr(self, "processing_class", None))
         check_head(model)
         self._checked = True
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
         # A model given by name is loaded by now, and nothing has been computed yet.
-        if isinstance(self.processing_class, ProcessorMixin):
-            raise _vision()
         self._check_model(self.model, self.args)
+        if not isinstance(self._precompute_model_hash, tuple):  # TRL's cache knows weights and data alone
+            precision = (self.args.bf16, self.args.fp16, self.args.max_length, self.args.truncation_mode)
+            self._precompute_model_hash = (self._precompute_model_hash, "reprdpo", *precision)
         return super()._precompute_ref_logps(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -344,11 +347,12 @@ def _confidence_config(args: Any) -> ConfidenceConfig:
     return config
 
 
-def _vision() -> UserError:
-    return UserError(
-        "processing_class: is a vision-language processor; only text models are supported here, pass a tokenizer and a "
-        "text model, or train with trl.DPOTrainer"
-    )
+def _check_processor(processing_class: Any) -> None:
+    if isinstance(processing_class, ProcessorMixin):
+        raise UserError(
+            f"processing_class: {type(processing_class).__name__} is of a vision-language model; pass a tokenizer and "
+            "a text model, or train with trl.DPOTrainer"
+        )
 
 
 def _tapped(model: nn.Module, confidence: RewardConfidence | None) -> contextlib.AbstractContextManager[Any]:

@@ -14,7 +14,6 @@ import reprdpo.integrations.trl
 def test_without_trl_all_the_rest_imports_and_one_line_says_how_to_get_it() -> None:
     result = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    *_, place, _, last = result.stderr.strip().splitlines()[-4:]
+    last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ModuleNotFoundError: reprdpo.integrations.trl needs TRL")
     assert "pip install 'reprdpo[trl]'" in last
-    assert "integrations/trl.py" in result.stderr
