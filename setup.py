@@ -65,6 +65,8 @@ LEFT_OUT: dict[str, str] = {}
 
 
 def write_notes(library_folder: Path) -> None:
+    if not LEFT_OUT:
+        return
     library_folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{LIBRARIES[device]}: {' '.join(reason.split())}\n" for device, reason in LEFT_OUT.items()]
     (library_folder / "build.txt").write_text("".join(lines), encoding="utf-8")
@@ -75,8 +77,7 @@ class BuildNotes(build_py):
 
     def run(self) -> None:
         super().run()
-        if LEFT_OUT:
-            write_notes((ROOT if self.editable_mode else Path(self.build_lib)) / "reprdpo" / "lib")
+        write_notes((ROOT if self.editable_mode else Path(self.build_lib)) / "reprdpo" / "lib")
 
 
 class CMakeBuild(build_ext):

@@ -1,4 +1,4 @@
-"""Hidden states and lm_head to preference loss and gradients, beside eager PyTorch; the floor is the bare matmuls."""
+"""Hidden states and lm_head to the gradients of a DPO loss, beside every peer; the floor is the bare matmuls."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,65 +9,146 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks.harness import Work, measure
+from benchmarks.harness import DEVICE, gradients, import_peer, measure
+from benchmarks.logprob_peers import (
+    DTYPES,
+    MAX_GRADIENT_ERROR,
+    MEMORY_SHAPES,
+    SHAPES,
+    TOKEN_LOGPS,
+    HeadShape,
+    in_float64,
+    make_inputs,
+)
 from reprdpo import ops
 
-# P pairs, T tokens (half of them prompt), D hidden size, V vocabulary: the shape "cpu" of the protocol.
-P, T, D, V = 4, 256, 1024, 32000
-SCORED = P * T
 BETA = 0.1
-
-Gradients = tuple[Tensor, ...]
-
-
-def make_inputs(seed: int, dtype: torch.dtype) -> list[Any]:
-    """Hidden states that lean towards their label's row of the head by as much as gives a mean entropy of 1.5 nats."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(V, D, generator=generator) / D**0.5
-    labels = torch.randint(V, (2 * P, T), generator=generator)
-    hidden = torch.randn(2 * P, T, D, generator=generator) + 13.3 * weight[labels]
-    labels[:, : T // 2] = -100
-    return [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels]
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    reference = torch.zeros(P)
-    return ops.linear_preference_loss(
-        hidden, weight, labels, ref_chosen_logp=reference, ref_rejected_logp=reference, beta=BETA
-    ).loss
-
-
-def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    scored = labels != -100
-    logp = (hidden @ weight.T).log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    chosen, rejected = torch.where(scored, logp, 0).sum(-1).float().chunk(2)
-    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
-
-
-def with_gradients(loss: Callable[..., Tensor]) -> Callable[..., Gradients]:
-    """The gradients of hidden states and weight."""
-
-    def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Gradients:
-        return torch.autograd.grad(loss(hidden, weight, labels), (hidden, weight))
+def fused(shape: HeadShape) -> Loss:
+    def run(hidden_STD: Tensor, weight_VD: Tensor, labels_ST: Tensor, scored_n: Tensor) -> Tensor:
+        reference_P = torch.zeros(shape.pairs, device=hidden_STD.device)
+        return ops.linear_preference_loss(
+            hidden_STD,
+            weight_VD,
+            labels_ST,
+            ref_chosen_logp=reference_P,
+            ref_rejected_logp=reference_P,
+            beta=BETA,
+            softcap=shape.softcap,
+            scored_index=scored_n,
+        ).loss
 
     return run
 
 
-def oracle(hidden: Tensor, weight: Tensor, labels: Tensor) -> Gradients:
-    exact = [value.detach().double().requires_grad_() for value in (hidden, weight)]
-    with ops.use_backend("reference"):
-        return with_gradients(fused)(*exact, labels)
+def from_token_logps(name: str, shape: HeadShape) -> Loss:
+    """Token log-probs of an implementation, and the rest of the loss in PyTorch, as a trainer has it."""
+    token_logps = TOKEN_LOGPS[name](shape)
+
+    def run(*inputs: Any) -> Tensor:
+        chosen_P, rejected_P = token_logps(*inputs).view(2 * shape.pairs, -1).sum(-1).chunk(2)
+        return -F.logsigmoid(BETA * (chosen_P - rejected_P)).mean()
+
+    return run
 
 
-@pytest.mark.parametrize("implementation", ["eager", "reprdpo"])
-def test_forward_and_backward(benchmark: BenchmarkFixture, implementation: str) -> None:
-    benchmark.group = f"linear_preference_loss forward + backward, P={P} T={T} D={D} V={V}, float32"
+def liger(shape: HeadShape) -> Loss:
+    if shape.softcap is not None:
+        pytest.skip("LigerFusedLinearDPOLoss has no softcap")
+    torch._dynamo.reset()
+    loss = import_peer("liger_kernel.chunked_loss").LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False)
+
+    def run(hidden_STD: Tensor, weight_VD: Tensor, labels_ST: Tensor, _: Tensor) -> Tensor:
+        result = loss(weight_VD, hidden_STD, labels_ST)
+        return result[0] if isinstance(result, tuple) else result
+
+    return run
+
+
+IMPLEMENTATIONS = ["reprdpo", "reprdpo_composed", "liger", *(name for name in TOKEN_LOGPS if name != "reprdpo")]
+# The long and the wide shapes are measured in the dtype they are trained in.
+IN_BOTH = [(name, dtype) for name in SHAPES for dtype in DTYPES if dtype == "bfloat16" or name in ("cpu", "llama2-7b")]
+SHORT = [(name, dtype) for name, dtype in IN_BOTH if name in ("cpu", "llama2-7b")]
+implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def loss_of(implementation: str, shape: HeadShape) -> Loss:
+    if implementation == "reprdpo_composed":  # linear_logprob, whose gradients know nothing of pairs
+        return from_token_logps("reprdpo", shape)
+    return {"reprdpo": fused, "liger": liger}.get(
+        implementation, lambda shape: from_token_logps(implementation, shape)
+    )(shape)
+
+
+def measure_loss(
+    benchmark: BenchmarkFixture,
+    implementation: str,
+    shape: HeadShape,
+    dtype: str,
+    *,
+    upstream: float = 1.0,
+    peaked: bool = True,
+    frozen: bool = False,
+    headline: bool = False,
+) -> None:
+    arguments = (0,) if frozen else (0, 1)
+    key = ("preference", shape, dtype, peaked, frozen, upstream)
     measure(
         benchmark,
-        with_gradients(eager if implementation == "eager" else fused),
-        lambda seed: make_inputs(seed, torch.float32),
-        oracle=oracle,
-        max_error=1e-4,
-        work=Work(bytes=4 * (SCORED * D + V * D), gemms=((SCORED, V, D), (SCORED, D, V), (V, D, SCORED))),
-        dtype=torch.float32,
+        gradients(loss_of(implementation, shape), arguments, upstream),
+        lambda seed: make_inputs(shape, DTYPES[dtype], peaked=peaked, frozen=frozen, seed=seed),
+        oracle=in_float64(gradients(fused(shape), arguments, upstream)),
+        max_error=MAX_GRADIENT_ERROR[dtype],
+        work=shape.work(DTYPES[dtype], matmuls=1 + len(arguments)),
+        dtype=DTYPES[dtype],
+        device=DEVICE,
+        peer=not implementation.startswith("reprdpo"),
+        implementation=implementation,
+        shape=shape.sizes(),
+        upstream=upstream,
+        oracle_key=key,
+        needs_bytes=shape.needs_bytes(DTYPES[dtype]),
+        headline="kernel" if headline else None,
     )
+
+
+@implementations
+@pytest.mark.parametrize(("name", "dtype"), IN_BOTH)
+def test_both_gradients(benchmark: BenchmarkFixture, implementation: str, name: str, dtype: str) -> None:
+    benchmark.group = f"linear_preference_loss, both gradients, {name}, {dtype}, 1.5 nats"
+    measure_loss(benchmark, implementation, SHAPES[name], dtype, headline=True)
+
+
+@pytest.mark.secondary
+@implementations
+@pytest.mark.parametrize(("name", "dtype"), SHORT)
+def test_both_gradients_other_upstream(benchmark: BenchmarkFixture, implementation: str, name: str, dtype: str) -> None:
+    benchmark.group = f"linear_preference_loss, both gradients, {name}, {dtype}, 1.5 nats, upstream 0.37"
+    measure_loss(benchmark, implementation, SHAPES[name], dtype, upstream=0.37)
+
+
+@pytest.mark.secondary
+@implementations
+@pytest.mark.parametrize(("name", "dtype"), SHORT)
+def test_both_gradients_random_states(benchmark: BenchmarkFixture, implementation: str, name: str, dtype: str) -> None:
+    benchmark.group = f"linear_preference_loss, both gradients, {name}, {dtype}, random states"
+    measure_loss(benchmark, implementation, SHAPES[name], dtype, peaked=False)
+
+
+@pytest.mark.secondary
+@implementations
+@pytest.mark.parametrize(("name", "dtype"), IN_BOTH)
+def test_head_frozen(benchmark: BenchmarkFixture, implementation: str, name: str, dtype: str) -> None:
+    benchmark.group = f"linear_preference_loss, gradient of hidden states, head frozen, {name}, {dtype}, 1.5 nats"
+    measure_loss(benchmark, implementation, SHAPES[name], dtype, frozen=True, headline=True)
+
+
+@pytest.mark.secondary
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "reprdpo_composed"])
+@pytest.mark.parametrize("shape", MEMORY_SHAPES, ids=lambda shape: f"T{shape.length}-V{shape.vocabulary}")
+def test_memory(benchmark: BenchmarkFixture, implementation: str, shape: HeadShape) -> None:
+    """What memory grows with: sequences, and the vocabulary."""
+    benchmark.group = f"linear_preference_loss, both gradients, memory, T={shape.length} V={shape.vocabulary}, bfloat16"
+    measure_loss(benchmark, implementation, shape, "bfloat16")

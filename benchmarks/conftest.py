@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+import reprdpo
 from benchmarks.device import device_name
 from benchmarks.report.results import write
 
-PACKAGES = (
-    "torch", "triton", "transformers", "reprdpo", "numpy", "scikit-learn", "trl", "liger-kernel", "cut-cross-entropy"
-)  # fmt: skip
+PACKAGES = ("torch", "triton", "transformers", "numpy", "scikit-learn", "trl", "liger-kernel", "cut-cross-entropy")
 _RESULT = pytest.StashKey[dict[str, Any]]()
 
 
@@ -107,7 +106,8 @@ def machine_info() -> dict[str, Any]:
         "cuda_memory": [gpu.total_memory for gpu in gpus],
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpus else None,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES} | {"cuda": torch.version.cuda},
+        "versions": {name: _version(name) for name in PACKAGES}
+        | {"reprdpo": reprdpo.__version__, "cuda": torch.version.cuda},
     }
 
 

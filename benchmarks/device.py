@@ -11,6 +11,7 @@ import torch
 
 # A batch of calls between two events is at least this long, so that the events' own cost does not show.
 BATCH_SECONDS = 1e-3
+# Of a call that takes longer than its whole budget, three rounds must do.
 MIN_ROUNDS, MAX_ROUNDS = 5, 1000
 # What the profiler itself puts beside the kernels.
 _NO_LAUNCH = ("Activity Buffer Request", "Context Sync", "Event Sync", "Stream Sync")
@@ -52,6 +53,8 @@ def seconds(call: Callable[[], Any], device: str) -> float:
 
 def rounds_for(once: float, budget: float) -> int:
     """How many rounds of ``once`` seconds fill the budget, within reason."""
+    if once > budget:
+        return 3
     return int(min(MAX_ROUNDS, max(MIN_ROUNDS, budget / max(once, 1e-9))))
 
 
@@ -60,7 +63,7 @@ def event_seconds(call: Callable[[], Any], device: str, budget: float) -> list[f
 
     Timed by events around batches of calls, nothing waiting in between.
     """
-    once = min(seconds(call, device) for _ in range(3))
+    once = seconds(call, device)
     batch = max(1, round(BATCH_SECONDS / max(once, 1e-9)))
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds_for(once * batch, budget))]
     for start, end in marks:
@@ -90,7 +93,7 @@ def graph_seconds(calls: Sequence[Callable[[], Any]], device: str, budget: float
 def host_seconds(call: Callable[[], Any], device: str) -> float:
     """Median time until a call returns, its work queued on an idle device but not awaited."""
     times = []
-    for _ in range(20):
+    for _ in range(3 if seconds(call, device) > 0.05 else 20):
         synchronise(device)
         start = time.perf_counter()
         call()

@@ -200,7 +200,7 @@ def _timed(
         run(*next(rotation))
 
     once = seconds(call, device)
-    rounds = rounds_for(min(once, seconds(call, device)), SECONDS) if device == "cpu" else 5
+    rounds = rounds_for(min(once, seconds(call, device)), SECONDS) if device == "cpu" else 3
     benchmark.pedantic(lambda: seconds(call, device), rounds=rounds, warmup_rounds=0)
     wall = list(benchmark.stats.stats.data) if benchmark.stats else [once]
     common = {"peak_bytes": extra_bytes, "copies": copies}

@@ -172,6 +172,17 @@ def test_autocast(name: str) -> None:
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+def test_under_torch_compile_every_call_sees_its_own_arguments() -> None:
+    model = tiny_causal_lm("llama")
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(3):
+        batch = make_batch()
+        torch.testing.assert_close(
+            gradients(compiled, token_logps(compiled, batch)), gradients(compiled, eager_logps(model, batch))
+        )
+    torch._dynamo.reset()
+
+
 # peft
 
 

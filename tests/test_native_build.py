@@ -21,7 +21,7 @@ needs_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no s
 @needs_native
 def test_status_names_the_file_and_the_instruction_set():
     assert native.status().endswith(f"({torch.ops.reprdpo_native.cpu_capability()})")
-    assert torch.ops.reprdpo_native.cpu_capability() in ("portable", "avx2", "avx512")
+    assert torch.ops.reprdpo_native.cpu_capability() in ("portable", "avx2", "avx512", "avx512bf16")
 
 
 @needs_native

@@ -130,6 +130,7 @@ void convert_row(const T* row, int64_t depth, typename OpOf<T>::type::Unit* unit
 }
 
 void pack_rows(const Rows& rows, int64_t first, int64_t count, void* panel) {
+  if (rows.depth == 0) return;
   memset(panel, 0, static_cast<size_t>(panel_bytes(rows.type, rows.depth)));
   with_type(rows.type, [&](auto element) {
     using T = decltype(element);
@@ -168,6 +169,7 @@ void scale_row(const From* row, int64_t count, float scale, To* scaled) {
 
 void pack_columns(const Rows& rows, int64_t depth, const float* scale, int64_t first, int64_t count,
                   void* panel) {
+  if (depth == 0) return;
   with_type(rows.type, [&](auto element) {
     using T = decltype(element);
     using Op = typename OpOf<T>::type;
@@ -272,7 +274,11 @@ void multiply_type(const Rows& rows, int64_t first, int64_t count, const void* p
   if (!read_in_place<T>(rows)) {
     for (int64_t r = 0; r < count; ++r) {
       const T* row = static_cast<const T*>(rows.data) + (first + r) * rows.stride;
-      convert_row(row, rows.depth, static_cast<Unit*>(scratch) + r * steps, 1);
+      if constexpr (Op::kDepth == 1) {
+        join_rows(row, row, rows.depth, static_cast<Unit*>(scratch) + r * steps);
+      } else {
+        convert_row(row, rows.depth, static_cast<Unit*>(scratch) + r * steps, 1);
+      }
     }
     data = static_cast<const char*>(scratch);
     stride = steps * sizeof(Unit);

@@ -78,7 +78,7 @@ const char* launch_backward(const BackwardArguments& arguments, RowType type, bo
                             int multiprocessors, CudaStream stream);
 
 // Counters for ForwardArguments::arrivals that every device has, zero at first: `kArrivals` of them.
-constexpr int64_t kArrivals = 1 << 20;
+constexpr int64_t kArrivals = 1 << 18;
 const char* arrivals_of_device(unsigned** arrivals);
 
 }  // namespace reprdpo::probe_reward

@@ -345,12 +345,10 @@ def token_residual(
             out = logits_nV if in_place else logits_nV.new_empty(rows, vocabulary, dtype=residual_dtype)
         residual_nV = out
         _check_rows("out", residual_nV)
-    per_row = logits_nV.new_empty(6, rows, dtype=torch.float32)
-    logp_n, entropy_n, top1_n, mean_n = per_row[0], per_row[4], per_row[5], per_row.new_empty(rows if stats else 0)
-    result = TokenResidual(
-        logp_n, per_row[1:4], entropy_n if entropy else entropy_n[:0], top1_n if stats else top1_n[:0], mean_n,
-        residual_nV,
-    )  # fmt: skip
+    # A tensor each: what an op returns may not share memory.
+    shapes: list[Any] = [rows, (3, rows), rows if entropy else 0, rows if stats else 0, rows if stats else 0]
+    per_row = [logits_nV.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    result = TokenResidual(per_row[0], per_row[1], per_row[2], per_row[3], per_row[4], residual_nV)
     if rows == 0:
         return result
     inner, outer, _ = _scales(logit_scale, softcap, temperature)
@@ -360,7 +358,7 @@ def token_residual(
     hold, block, warps = plan(vocabulary, _capability(logits_nV), more=more, aligned=aligned)
     with torch.cuda.device_of(logits_nV):
         _token_residual_kernel[(rows,)](
-            logits_nV, labels_n, bias_V, residual_nV, logp_n, result.row_stats, entropy_n, top1_n, mean_n,
+            logits_nV, labels_n, bias_V, residual_nV, *per_row,
             rows, vocabulary, logits_nV.stride(0), residual_nV.stride(0), inner, outer,
             0 if ignore_index is None else ignore_index,
             BIAS=bias_V is not None, SOFTCAP=softcap is not None, IGNORE=ignore_index is not None,

@@ -180,10 +180,11 @@ def _optional(ptr, at, mask, GIVEN: tl.constexpr):
 @triton.jit(do_not_specialize=["pairs"])
 def _preference_loss_kernel(
     chosen_ptr, rejected_ptr, ref_chosen_ptr, ref_rejected_ptr, confidence_ptr, chosen_length_ptr, rejected_length_ptr,
-    out_ptr, pairs, beta, margin, w0, w1, w2, w3, w4, w5, w6, w7, w8, w9,
+    loss_ptr, chosen_reward_ptr, rejected_reward_ptr, chosen_slope_ptr, rejected_slope_ptr,
+    pairs, beta, margin, w0, w1, w2, w3, w4, w5, w6, w7, w8, w9,
     REFERENCE: tl.constexpr, LENGTHS: tl.constexpr, TYPES: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of pairs; ``out`` [5, P] is loss, rewards, slopes."""
+    """A block of pairs."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < pairs
     chosen = (
@@ -200,8 +201,11 @@ def _preference_loss_kernel(
     terms = _pair_terms(
         chosen, rejected, gamma, beta, margin, w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, TYPES, FIRST
     )  # fmt: skip
-    for i in tl.static_range(5):
-        tl.store(out_ptr + i * pairs + at, terms[i].to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(loss_ptr + at, terms[0].to(tl.float32), mask=mask)
+    tl.store(chosen_reward_ptr + at, terms[1].to(tl.float32), mask=mask)
+    tl.store(rejected_reward_ptr + at, terms[2].to(tl.float32), mask=mask)
+    tl.store(chosen_slope_ptr + at, terms[3].to(tl.float32), mask=mask)
+    tl.store(rejected_slope_ptr + at, terms[4].to(tl.float32), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "pairs", "ignore_index"])
@@ -305,7 +309,7 @@ def preference_loss_forward(
 ) -> PairTerms:
     """Everything a preference loss is, of log-probs [P] of whole responses; formulas and dtypes as the public op."""
     pairs = chosen_logp.shape[0]
-    out_5P = chosen_logp.new_empty(5, pairs, dtype=torch.float32)
+    terms = PairTerms(*(chosen_logp.new_empty(pairs, dtype=torch.float32) for _ in PairTerms._fields))
     if pairs:
         types, first, weights = _encode(loss_types, loss_weights)
         tensors = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, confidence)
@@ -313,11 +317,11 @@ def preference_loss_forward(
         block = min(_PAIR_BLOCK, triton.next_power_of_2(pairs))
         with torch.cuda.device_of(chosen_logp):
             _preference_loss_kernel[(triton.cdiv(pairs, block),)](
-                *inputs, out_5P, pairs, float(beta), float(simpo_gamma), *weights,
+                *inputs, *terms, pairs, float(beta), float(simpo_gamma), *weights,
                 REFERENCE=ref_chosen_logp is not None, LENGTHS=chosen_length is not None,
                 TYPES=types, FIRST=first, BLOCK=block, num_warps=1,
             )  # fmt: skip
-    return PairTerms(*out_5P.unbind())
+    return terms
 
 
 def sequence_preference_loss_forward(

@@ -31,9 +31,9 @@ class Config(NamedTuple):
 # By major compute capability; a newer device takes the newest. A forward program of this size has a whole row of 4096
 # and its two weights in flight before it uses the first, 80 bytes a thread and operand at the most.
 CONFIGS = {
-    8: Config(forward_features=4096, forward_warps=8, backward_features=512, backward_warps=4, backward_sequences=8),
-    9: Config(forward_features=4096, forward_warps=8, backward_features=512, backward_warps=4, backward_sequences=8),
-    10: Config(forward_features=4096, forward_warps=8, backward_features=512, backward_warps=4, backward_sequences=8),
+    8: Config(forward_features=4096, forward_warps=8, backward_features=256, backward_warps=4, backward_sequences=8),
+    9: Config(forward_features=4096, forward_warps=8, backward_features=256, backward_warps=4, backward_sequences=8),
+    10: Config(forward_features=4096, forward_warps=8, backward_features=256, backward_warps=4, backward_sequences=8),
 }
 _SMALL_ROW = 1024
 # From here on the programs fill any device several times over, and each takes a few sequences of its layer, so that
@@ -55,21 +55,22 @@ def _mix_layers(
     b, reward_ptr, scores_ptr, gate_ptr, gate_weight_ptr, gate_bias_ptr, L, GATE: tl.constexpr, BLOCK_L: tl.constexpr
 ):
     """The reward of sequence b from its scores and, where the gate reads the states, its logits in the gate's place."""
-    l = tl.arange(0, BLOCK_L)
-    inside = l < L
-    s = tl.load(scores_ptr + b * L + l, mask=inside, other=0, cache_modifier=".cg")
+    at = tl.arange(0, BLOCK_L)
+    inside = at < L
+    s = tl.load(scores_ptr + b * L + at, mask=inside, other=0, cache_modifier=".cg")
     if GATE == _SOFTMAX:
-        z = tl.load(gate_ptr + b * L + l, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        z = tl.load(gate_ptr + b * L + at, mask=inside, other=float("-inf"), cache_modifier=".cg")
         # Warps that hold copies of the logits must have read them before they are overwritten.
         tl.debug_barrier()
     else:
-        z = tl.load(gate_bias_ptr + l, mask=inside, other=float("-inf")).to(tl.float32)
+        z = tl.load(gate_bias_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
     if GATE == _VOTE:
-        for start in range(0, L, 32):
-            m = start + tl.arange(0, 32)
+        COLUMNS: tl.constexpr = 32 if BLOCK_L <= 128 else 4096 // BLOCK_L
+        for start in range(0, L, COLUMNS):
+            m = start + tl.arange(0, COLUMNS)
             s_m = tl.load(scores_ptr + b * L + m, mask=m < L, other=0, cache_modifier=".cg")
             votes = tl.load(
-                gate_weight_ptr + l[:, None] * L + m[None, :], mask=inside[:, None] & (m < L)[None, :], other=0
+                gate_weight_ptr + at[:, None] * L + m[None, :], mask=inside[:, None] & (m < L)[None, :], other=0
             )
             z += tl.sum(votes.to(tl.float32) * s_m[None, :], axis=1)
         g = tl.sigmoid(z)
@@ -77,7 +78,7 @@ def _mix_layers(
         e = tl.exp(z - tl.max(z, axis=0))
         e = tl.where(inside, e, 0)
         g = tl.div_rn(e, tl.zeros_like(e) + tl.sum(e, axis=0))
-    tl.store(gate_ptr + b * L + l, g, mask=inside)
+    tl.store(gate_ptr + b * L + at, g, mask=inside)
     reward = tl.sum(tl.where(inside, g * s, 0), axis=0)
     tl.store(reward_ptr + b, reward)
     return reward
@@ -133,10 +134,9 @@ def _probe_reward_fwd_kernel(
     elements, parameters and results dense, arrivals [1 + groups] int32 of zeros. ALIGNED: every row starts at a
     multiple of 16 bytes and its features follow one another.
     """
-    pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(B, SEQUENCES)
-    layer = pid // blocks
-    first = (pid % blocks) * SEQUENCES
+    layer = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * SEQUENCES
     groups = B
     if confidence_ptr is not None:
         groups = B // 2
@@ -180,10 +180,10 @@ def _probe_reward_fwd_kernel(
             z = tl.where(valid, tl.sum(logit, axis=0) + gate_bias, float("nan"))
             tl.store(gate_ptr + b * L + layer, z)
 
-        group = b % groups
+        group = tl.where(b < groups, b, b - groups)
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals_ptr + 1 + group, 1, sem="acq_rel")
-        if arrived == (B // groups) * L - 1:
+        if arrived == tl.where(groups < B, 2 * L, L) - 1:
             tl.store(arrivals_ptr + 1 + group, 0)
             reward = _mix_layers(
                 group, reward_ptr, scores_ptr, gate_ptr, gate_weight_ptr, gate_bias_ptr, L, GATE, BLOCK_L
@@ -198,9 +198,7 @@ def _probe_reward_fwd_kernel(
 
 
 @triton.jit
-def _store_confidence(
-    chosen, rejected, pair, P, confidence_ptr, arrivals_ptr, alpha, floor, squash, reduce_batch
-):
+def _store_confidence(chosen, rejected, pair, P, confidence_ptr, arrivals_ptr, alpha, floor, squash, reduce_batch):
     """gamma of one pair, not below floor; with reduce_batch the last pair to come puts the mean in every place."""
     margin = chosen - rejected
     if squash != 0:
@@ -331,21 +329,21 @@ def _probe_reward_bwd_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dw_l = sum_b d_b h_bl, dv_l = sum_b dz_b h_bl (vote: dV_l = sum_b dz_b s_b), db, dc = sum_b d, dz, dh = d w + dz v.
+    """dw_l = sum_b d_b h_bl, dv_l = sum_b dz_b h_bl (vote: dV_l = sum_b dz_b s_b), dh = d w + dz v
 
-    A program owns one layer and BLOCK_D features of it and takes the sequences in order: no sum is shared between
-    programs, so there are no atomics and every run gives the same bits. Sequences that read one token of a packed
-    batch each write the sum over all of them. Rows whose index is out of range give and get nothing.
+    And db = sum_b d, dc = sum_b dz. A program owns one layer and BLOCK_D features of it and takes the sequences in
+    order: no sum is shared between programs, so there are no atomics and every run gives the same bits. Sequences that
+    read one token of a packed batch each write the sum over all of them. Rows whose index is out of range give and
+    get nothing.
 
     Bytes: B L D of pooled rows and 2 L D of gradients for the weights; B L D written, 2 L D read for the hidden
     states, whose other positions the launcher has zeroed (a fill of all their bytes). Layout: pooled by its strides,
     hidden gradients as the states in the forward, with features side by side; a parameter's gradient like the
     parameter, not touched where not needed. ALIGNED: rows of hidden gradients start at multiples of 16 bytes.
     """
-    pid = tl.program_id(0).to(tl.int64)
     chunks = tl.cdiv(tl.maximum(D, 1), BLOCK_D)
-    layer = pid // chunks
-    chunk = pid % chunks
+    layer = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = (tl.program_id(0) % chunks).to(tl.int64)
     d_at = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d_at < D
     grad_probe = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -366,8 +364,8 @@ def _probe_reward_bwd_kernel(
             token = tl.load(index_ptr + b * index_stride, mask=b < B, other=-1).to(tl.int64)
         valid = (b < B) & (token >= 0) & (token < T)
         d, dz, s = _row_gradients(
-            b, valid, layer, grad_reward_ptr, grad_scores_ptr, grad_gate_ptr, gate_weight_ptr, scores_ptr, gate_ptr, B, L,
-            reward_stride, scores_strides, gate_strides, has_reward, has_scores, has_gate, GATE, BLOCK_L,
+            b, valid, layer, grad_reward_ptr, grad_scores_ptr, grad_gate_ptr, gate_weight_ptr, scores_ptr, gate_ptr,
+            B, L, reward_stride, scores_strides, gate_strides, has_reward, has_scores, has_gate, GATE, BLOCK_L,
         )  # fmt: skip
         grad_bias += d
         grad_gate_bias += dz
@@ -493,6 +491,7 @@ def probe_reward_forward(
             BLOCK_L=_block(L),
             BLOCK_D=_SMALL_ROW if small else config.forward_features,
             num_warps=4 if small else config.forward_warps,
+            enable_fp_fusion=True,
         )
     return reward, scores, layer_gate, pooled, confidence
 
@@ -572,11 +571,13 @@ def probe_reward_backward(
             int(index is not None and len(hidden_shape) == 2),
             DTYPE=_TRITON_DTYPES[hidden_dtype],
             GATE=_GATES[gate],
-            ALIGNED=needs_hidden and _aligned(addresses or (), (layer_stride, sequence_stride, token_stride), hidden[0]),
-            BLOCK_B=config.backward_sequences,
+            ALIGNED=needs_hidden
+            and _aligned(addresses or (), (layer_stride, sequence_stride, token_stride), hidden[0]),
+            BLOCK_B=_rows(config, L),
             BLOCK_L=_block(L),
             BLOCK_D=block_d,
             num_warps=config.backward_warps,
+            enable_fp_fusion=True,
         )
     return (hidden, *grads)  # type: ignore[return-value]
 
@@ -614,6 +615,11 @@ def _block(L: int) -> int:
     return max(32, triton.next_power_of_2(L))
 
 
+def _rows(config: Config, L: int) -> int:
+    """Sequences of a backward tile, fewer where a tile of all their layers would not fit the registers."""
+    return max(1, min(config.backward_sequences, 512 // _block(L)))
+
+
 def _config(device: torch.device) -> Config:
     if device.type != "cuda":
         return CONFIGS[9]
@@ -626,8 +632,8 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-# Counters of arrived programs: int32 zeros that every launch leaves at zero again, kept for each stream, so that launches
-# that may overlap never share one. A launch captured in a graph, replayed on whichever stream, has its own.
+# Counters of arrived programs: int32 zeros that every launch leaves at zero again, kept for each stream, so that
+# launches that may overlap never share one. A launch captured in a graph, replayed on whichever stream, has its own.
 _SLAB = 2**16
 _slabs: dict[torch.device, tuple[Tensor, int]] = {}
 _by_stream: dict[tuple[torch.device, int], Tensor] = {}
@@ -659,7 +665,7 @@ def _take(count: int, device: torch.device, capturing: bool) -> Tensor:
 
 
 def _zeros_outside_graph_pools(count: int, device: torch.device) -> Tensor:
-    """Memory that outlives any graph: pools of graphs being recorded are entered by thread, so another one allocates."""
+    """Memory that outlives any graph: a graph's pool is entered by thread, so another one allocates."""
 
     def make() -> Tensor:
         zeros = torch.zeros(count, dtype=torch.int32, device=device)

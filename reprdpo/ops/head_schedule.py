@@ -3,7 +3,6 @@
 Shape suffixes: N tokens, R rows planned for (those scored), n tokens of a tile, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -108,7 +107,15 @@ class HeadForward(NamedTuple):
 
 
 def empty_forward(
-    kind: Backend, hidden_ND: Tensor, vocabulary: int, num_rows: int, plan: Plan, needs: Needs, *, entropy: bool, stats: bool
+    kind: Backend,
+    hidden_ND: Tensor,
+    vocabulary: int,
+    num_rows: int,
+    plan: Plan,
+    needs: Needs,
+    *,
+    entropy: bool,
+    stats: bool,
 ) -> HeadForward:
     """The outputs of a forward by shape, those a token zero."""
     num_tokens, width = hidden_ND.shape
@@ -139,9 +146,7 @@ def fake_forward(
     """What :func:`head_forward` returns, by shape alone."""
     num_rows = planned_rows(labels_N, scored_index)
     plan = plan_head(kind, hidden_ND, head, num_rows, needs, entropy=entropy, max_tile_bytes=max_tile_bytes)
-    return empty_forward(
-        kind, hidden_ND, head.weight.shape[0], num_rows, plan, needs, entropy=entropy, stats=stats
-    )
+    return empty_forward(kind, hidden_ND, head.weight.shape[0], num_rows, plan, needs, entropy=entropy, stats=stats)
 
 
 def planned_rows(labels_N: Tensor, scored_index: Tensor | None) -> int:
@@ -208,8 +213,8 @@ class _Residual:
         self.tensor: Tensor | None = None
 
     def room(self, rows: slice) -> Tensor | None:
-        """Where the logits may lie whose residual takes their place."""
-        if not self.in_place:
+        """Where a tile's residual may be written."""
+        if not self.in_place and self.kind != "triton":
             return None
         if self.tensor is None:
             self.tensor = self._empty()
@@ -332,9 +337,7 @@ def _recompute(
         most = max(1, (budget - kept_bytes - plan.upcast_bytes) // row_bytes)
     pieces = even_tiles(index_R.shape[0], most)
     tiles = HeadTiles(kind, head, min(most, index_R.shape[0]), plan.upcast_bytes)
-    total = GradientSum(
-        kind, hidden_ND, head, needs, single_tile=len(pieces) == 1, upcast_bytes=plan.upcast_bytes
-    )
+    total = GradientSum(kind, hidden_ND, head, needs, single_tile=len(pieces) == 1, upcast_bytes=plan.upcast_bytes)
 
     def run(rows: slice) -> None:
         index_n = index_R[rows]

@@ -122,7 +122,11 @@ class HeadTiles:
         stats: bool = False,
         out: Tensor | None = None,
     ) -> TokenResidual:
-        """Log-probs and what else is asked. A residual in the compute dtype lies in ``out``, or until the next tile."""
+        """Log-probs and what else is asked.
+
+        A residual in the compute dtype lies in ``out``, or in the logits' buffer until the next tile; in half precision
+        Triton's pass writes it to ``out``, where given.
+        """
         head, half = self.head, hidden_nD.dtype != reference.compute_dtype(hidden_nD)
         if half and self.kind == "native":
             return TokenResidual(
@@ -130,8 +134,8 @@ class HeadTiles:
                     hidden_nD, head.weight, labels_n, *head[1:], residual, entropy, stats
                 )
             )
-        raw_nV = self.raw_logits(hidden_nD, out)
-        options = {
+        raw_nV = self.raw_logits(hidden_nD, None if half else out)
+        options: dict[str, Any] = {
             "residual_dtype": hidden_nD.dtype if residual else None,
             "entropy": entropy,
             "stats": stats,
@@ -142,7 +146,9 @@ class HeadTiles:
             return TokenResidual(
                 *torch.ops.reprdpo_native.token_residual(raw_nV, labels_n, *head[1:], *options.values())
             )
-        return TokenResidual(*_triton().token_residual(raw_nV, labels_n, *head[1:], **options))
+        if half and residual:
+            options["out"] = out
+        return TokenResidual(*triton_kernels("logprob").token_residual(raw_nV, labels_n, *head[1:], **options))
 
     def raw_logits(self, hidden_nD: Tensor, out: Tensor | None = None) -> Tensor:
         """``h W^T`` in the compute dtype, from exact products, in ``out`` or the buffer."""
@@ -163,8 +169,9 @@ class HeadTiles:
 
 
 @functools.cache
-def _triton() -> Any:
-    return importlib.import_module("reprdpo_kernels.logprob")
+def triton_kernels(op: str) -> Any:
+    """The launchers of an op, imported where they are first wanted."""
+    return importlib.import_module(f"reprdpo_kernels.{op}")
 
 
 def _reference_pass(
@@ -181,7 +188,7 @@ def _reference_pass(
     residual_nV = raw_nV if residual_dtype == raw_nV.dtype else raw_nV.new_empty(0)
     if residual_dtype not in (None, raw_nV.dtype):
         residual_nV = torch.empty_like(raw_nV, dtype=residual_dtype)
-    parts = []
+    parts: list[tuple[Tensor, ...]] = []
     for start in range(0, raw_nV.shape[0], rows):
         block = slice(start, start + rows)
         part = reference.token_residual(
@@ -191,7 +198,8 @@ def _reference_pass(
             residual_nV[block] = part.residual
         parts.append(part[:-1])
     # [n] and [3, n] alike are joined along n.
-    return TokenResidual(*(torch.cat(values, dim=-1) for values in zip(*parts, strict=True)), residual_nV)
+    logp_n, row_stats_3n, entropy_n, top1_n, mean_n = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
+    return TokenResidual(logp_n, row_stats_3n, entropy_n, top1_n, mean_n, residual_nV)
 
 
 # The two products of a residual G with row scales a. Half-precision operands go to the vendor's GEMM as they are where
@@ -247,7 +255,10 @@ class GradientSum:
         """A tile of rows at ``index_n``, whose raw logits have the gradient ``a G``."""
         if self.needs.hidden:
             rows_nD = hidden_product(residual_nV, self.head.weight, self.upcast_bytes)
-            self.hidden.index_copy_(0, index_n, scaled_rows(rows_nD, scale_n, self.dtype))
+            if self.kind == "triton":
+                triton_kernels("linear_logprob").scatter_hidden_grad(rows_nD, index_n, scale_n, self.hidden)
+            else:
+                self.hidden.index_copy_(0, index_n, scaled_rows(rows_nD, scale_n, self.dtype))
         if self.needs.weight:
             self._add_weight(residual_nV, scale_n, hidden_nD)
         if self.needs.bias:
@@ -283,9 +294,9 @@ class GradientSum:
             return
         if whole:
             rows_nD = scaled_rows(hidden_nD, scale_n, dtype)
-            options = {} if dtype == compute else {"out_dtype": compute}
+            options: dict[str, Any] = {} if dtype == compute else {"out_dtype": compute}
             # With beta = 0 what the fresh memory holds is not read.
-            torch.addmm(self.weight, residual_nV.t(), rows_nD, **options, beta=0 if first else 1, out=self.weight)
+            torch.addmm(self.weight, residual_nV.t(), rows_nD, beta=0 if first else 1, out=self.weight, **options)
             return
         for columns, product_vD in self._weight_products(residual_nV, scale_n, hidden_nD):
             if first:

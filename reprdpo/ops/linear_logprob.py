@@ -13,7 +13,7 @@ from reprdpo.ops.head_schedule import fake_forward, find_scored, head_backward, 
 from reprdpo.ops.head_tiles import Needs, select_head
 from reprdpo.ops.reference import Head
 
-backend.declare("linear_logprob", cpu=("native",))
+backend.declare("linear_logprob", cpu=("native",), cuda=("triton",))
 
 
 class LinearLogprob(NamedTuple):
@@ -43,8 +43,14 @@ def linear_logprob(
     """Log-probability of each label under ``softmax(z)``, without holding the logits of more than a tile of rows.
 
     ``z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature``; ``log p_y = -log1p(S_-y exp(m - z_y))``
-    with m = max z and S_-y the sum of exp(z_j - m) over j != y, so that neither log p nor its gradient
-    ``dh = c (S_-y / S) W[y] - (c / S) sum over j != y of exp(z_j - m) W[j]`` cancels as p_y goes to 1.
+    with m = max z and S_-y the sum of exp(z_j - m) over j != y, so that log p does not cancel as p_y goes to 1. Nor do
+    its gradients. The residual ``G_iy = 1, G_ij = -exp(z_ij - m_i) / S_-y,i`` (times ``1 - tanh^2`` of a softcap) does
+    not depend on the upstream gradients c, which only scale rows: with ``a = c (S_-y / S) logit_scale / temperature``,
+    ``dH = a * (G W)``, ``dW = G^T (a * H)`` and ``db = G^T a``.
+
+    Matmuls over the scored rows: one without gradients; two with weight and bias frozen, which keeps ``G W``, the size
+    of those rows; three where G, in the inputs' dtype, fits ``max_tile_bytes`` and is kept; else four, tiles of G made
+    again in the backward. A gradient of the entropy takes the last way always.
 
     Args:
         hidden: ``[..., D]`` float32, bfloat16, float16 or float64. Under autocast, hidden and weight (alone) take its
@@ -333,9 +339,7 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
         grad_entropy = None
     if grad_logp is None and grad_entropy is None:
         return (None,) * 15
-    grads = _linear_logprob_backward(
-        grad_logp, grad_entropy, *ctx.saved_tensors, *ctx.constants, *needs
-    )
+    grads = _linear_logprob_backward(grad_logp, grad_entropy, *ctx.saved_tensors, *ctx.constants, *needs)
     return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 12)
 
 

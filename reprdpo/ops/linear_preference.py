@@ -21,7 +21,7 @@ from reprdpo.ops.head_schedule import (
     plan_head,
     planned_rows,
 )
-from reprdpo.ops.head_tiles import Needs, select_head
+from reprdpo.ops.head_tiles import Needs, select_head, triton_kernels
 from reprdpo.ops.linear_logprob import (
     as_autocast_would,
     check_head_arguments,
@@ -32,9 +32,9 @@ from reprdpo.ops.linear_logprob import (
 )
 from reprdpo.ops.pair_schedule import kept_dtype, pair_forward
 from reprdpo.ops.preference_loss import check_loss, check_references, confidence_per_pair
-from reprdpo.ops.reference import Head, PairBatch, PairTerms, Segments
+from reprdpo.ops.reference import Head, PairBatch
 
-backend.declare("linear_preference_loss", cpu=("native",))
+backend.declare("linear_preference_loss", cpu=("native",), cuda=("triton",))
 
 
 class SequenceStats(NamedTuple):
@@ -83,6 +83,11 @@ def linear_preference_loss(
 ) -> LinearPreferenceLoss:
     """:func:`linear_logprob`, summed by sequence, into :func:`preference_loss`; see there for the formulas.
 
+    As many matmuls as there, but three beyond the budget too, where ``reduction`` is "mean" or "sum": tiles are whole
+    pairs, whose gradients are finished in the forward while G is alive (finding each pair's rows synchronises once);
+    only a pair that is larger than the budget by itself costs four. What is finished waits for its upstream gradient as
+    float32 for float16 inputs, else in the inputs' dtype; a second backward through the same loss makes it again.
+
     Gradients flow to hidden, weight and bias. Response lengths, where a loss averages, are counted here. An empty
     response has log-prob 0 and no gradient.
 
@@ -122,7 +127,7 @@ def linear_preference_loss(
         labels_N = _next_labels(labels_N, sequence_ids_N, ignore_index)
     if scored_index is None:
         scored_index = find_scored(labels_N, ignore_index)
-    loss, logp_S, reward_S, stats_3S, *_ = _linear_preference_loss(
+    loss, logp_S, reward_S, _, stats_3S, *_ = _linear_preference_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -180,27 +185,80 @@ def _next_labels(labels_N: Tensor, sequence_ids_N: Tensor, ignore_index: int) ->
     return shifted_N
 
 
-def _segments(labels: Tensor, sequence_ids: Tensor, num_sequences: int, ignore_index: int) -> Segments:
-    """Scored tokens by sequence."""
-    scored_ids_N = torch.where(labels == ignore_index, -1, sequence_ids)
-    return reference.segments(labels.shape[0], num_sequences, scored_ids_N, None)
+class SequenceTerms(NamedTuple):
+    """By pair the loss [P]; by sequence [S] log-prob, reward, the loss's derivative by the log-prob; means [3, S]."""
+
+    loss: Tensor
+    logp: Tensor
+    reward: Tensor
+    slope: Tensor
+    means: Tensor
 
 
-def _terms(logp_S: Tensor, lengths_S: Tensor, constants: tuple[Any, ...]) -> PairTerms:
-    ref_chosen_logp, ref_rejected_logp, confidence, beta, loss_types, loss_weights, simpo_gamma = constants
-    pairs = logp_S.shape[0] // 2
-    batch = PairBatch(
-        logp_S[:pairs],
-        logp_S[pairs:],
-        ref_chosen_logp,
-        ref_rejected_logp,
-        confidence,
-        lengths_S[:pairs],
-        lengths_S[pairs:],
+class LossOptions(NamedTuple):
+    """What a preference loss is besides a function of log-probs."""
+
+    ref_chosen_logp: Tensor | None
+    ref_rejected_logp: Tensor | None
+    confidence: Tensor
+    beta: float
+    loss_types: list[str]
+    loss_weights: list[float]
+    simpo_gamma: float
+
+    def of(self, pairs: slice) -> "LossOptions":
+        """The same for some of the pairs."""
+        chosen, rejected = self.ref_chosen_logp, self.ref_rejected_logp
+        return self._replace(
+            ref_chosen_logp=None if chosen is None else chosen[pairs],
+            ref_rejected_logp=None if rejected is None else rejected[pairs],
+            confidence=self.confidence[pairs],
+        )
+
+
+def _sequence_terms(
+    kind: Backend,
+    logp_N: Tensor,
+    sequence_ids_N: Tensor,
+    labels_N: Tensor,
+    options: LossOptions,
+    ignore_index: int,
+    token_stats: tuple[Tensor, ...] = (),
+) -> SequenceTerms:
+    """The scalar stage, from token log-probs to the loss of each pair and its slopes."""
+    scalars: dict[str, Any] = dict(zip(LossOptions._fields[3:], options[3:], strict=True))
+    if kind == "triton":
+        terms = triton_kernels("preference_loss").sequence_preference_loss_forward(
+            *(logp_N, sequence_ids_N, labels_N, *options[:3]),
+            **scalars,
+            ignore_index=ignore_index,
+            token_stats_3N=torch.stack(token_stats) if token_stats else None,
+        )
+        return SequenceTerms(terms.loss, terms.logp, terms.reward, terms.slope, terms.means)
+    pairs = options.confidence.shape[0]
+    scored_ids_N = torch.where(labels_N == ignore_index, -1, sequence_ids_N)
+    layout = reference.segments(labels_N.shape[0], 2 * pairs, scored_ids_N, None)
+    logp_S, length_S = reference.sequence_sum(logp_N, layout), layout.offsets.diff()
+    terms = reference.preference_terms(
+        PairBatch(logp_S[:pairs], logp_S[pairs:], *options[:3], length_S[:pairs], length_S[pairs:]), **scalars
     )
-    return reference.preference_terms(
-        batch, beta=beta, loss_types=loss_types, loss_weights=loss_weights, simpo_gamma=simpo_gamma
+    means = [reference.sequence_sum(values_N, layout, average=True) for values_N in token_stats]
+    return SequenceTerms(
+        terms.loss,
+        logp_S,
+        torch.cat([terms.chosen_reward, terms.rejected_reward]),
+        torch.cat([terms.chosen_slope, terms.rejected_slope]),
+        torch.stack(means) if means else logp_S.new_empty(0),
     )
+
+
+def _token_gradients(grad_S: Tensor, sequence_ids_N: Tensor, labels_N: Tensor, ignore_index: int) -> Tensor:
+    """Each scored token's sequence's gradient, 0 for tokens that are ignored or of no sequence."""
+    count = grad_S.shape[0]
+    inside_N = (labels_N != ignore_index) & (sequence_ids_N >= 0) & (sequence_ids_N < count)
+    if count == 0:
+        return grad_S.new_zeros(labels_N.shape[0])
+    return grad_S[sequence_ids_N.clamp(0, count - 1)].masked_fill_(~inside_N, 0)
 
 
 def _plan(
@@ -215,7 +273,7 @@ def _plan(
     stats: bool,
     max_tile_bytes: int | None,
 ) -> Plan:
-    """The head's plan; tiles of whole pairs where it would make logits twice and one number is the upstream gradient."""
+    """The head's plan, but tiles of whole pairs where it would make logits twice and upstream is one number."""
     num_rows = planned_rows(labels, scored_index)
     plan = plan_head(kind, hidden, head, num_rows, needs, entropy=stats, max_tile_bytes=max_tile_bytes)
     if plan.keep == "nothing" and any(needs) and reduction != "none":
@@ -235,7 +293,7 @@ _NEEDS = "bool hidden_grad, bool weight_grad, bool bias_grad"
 @torch.library.custom_op(
     "reprdpo::linear_preference_loss",
     mutates_args=(),
-    schema=f"({_INPUTS}, bool return_stats, int? max_tile_bytes, {_NEEDS}) -> ({', '.join(['Tensor'] * 10)})",
+    schema=f"({_INPUTS}, bool return_stats, int? max_tile_bytes, {_NEEDS}) -> ({', '.join(['Tensor'] * 11)})",
 )
 def _linear_preference_loss(
     hidden: Tensor,
@@ -263,11 +321,11 @@ def _linear_preference_loss(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, ...]:
-    """Loss, log-probs [S], rewards [S], stats [3, S] (or empty); what :class:`HeadForward` keeps for the backward;
+    """Loss; log-probs, rewards and slopes [S]; stats [3, S] or empty; what :class:`HeadForward` keeps for the backward;
     and where the plan is "pairs", the gradients for an upstream gradient of 1."""
     kind = select_head("linear_preference_loss", hidden, weight)
     head, needs = Head(weight, bias, logit_scale, softcap, temperature), Needs(hidden_grad, weight_grad, bias_grad)
-    constants = (ref_chosen_logp, ref_rejected_logp, confidence, beta, loss_types, loss_weights, simpo_gamma)
+    options = LossOptions(ref_chosen_logp, ref_rejected_logp, confidence, beta, loss_types, loss_weights, simpo_gamma)
     plan = _plan(
         *(kind, hidden, head, labels, scored_index, needs),
         reduction=reduction,
@@ -277,10 +335,10 @@ def _linear_preference_loss(
     gradients = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
     if plan.keep == "pairs":
 
-        def slopes(logp_s: Tensor, lengths_s: Tensor, pairs: slice) -> Tensor:
-            some = tuple(None if value is None else value[pairs] for value in constants[:3])
-            terms = _terms(logp_s, lengths_s, (*some, *constants[3:]))
-            return _over_pairs(torch.cat([terms.chosen_slope, terms.rejected_slope]), reduction, num_sequences)
+        def slopes(logp_n: Tensor, sequence_ids_n: Tensor, labels_n: Tensor, pairs: slice) -> Tensor:
+            terms = _sequence_terms(kind, logp_n, sequence_ids_n, labels_n, options.of(pairs), ignore_index)
+            grad_s = _over_pairs(terms.slope, reduction, num_sequences)
+            return _token_gradients(grad_s, sequence_ids_n, labels_n, ignore_index)
 
         tokens, gradients = pair_forward(
             *(kind, hidden, head, labels, scored_index, sequence_ids, num_sequences, slopes, plan, needs),
@@ -295,15 +353,11 @@ def _linear_preference_loss(
             stats=return_stats,
             max_tile_bytes=max_tile_bytes,
         )
-    layout = _segments(labels, sequence_ids, num_sequences, ignore_index)
-    logp_S = reference.sequence_sum(tokens.logp, layout)
-    terms = _terms(logp_S, layout.offsets.diff(), constants)
+    token_stats = (tokens.entropy, tokens.top1, tokens.mean_logit) if return_stats else ()
+    terms = _sequence_terms(kind, tokens.logp, sequence_ids, labels, options, ignore_index, token_stats)
     loss = terms.loss if reduction == "none" else _over_pairs(terms.loss.sum(), reduction, num_sequences)
-    per_token = (tokens.entropy, tokens.top1, tokens.mean_logit) if return_stats else ()
-    means = [reference.sequence_sum(values_N, layout, average=True) for values_N in per_token]
-    stats_3S = torch.stack(means) if means else logp_S.new_empty(0)
-    reward_S = torch.cat([terms.chosen_reward, terms.rejected_reward])
-    return loss, logp_S, reward_S, stats_3S, *_kept(tokens), *gradients
+    # An op's outputs must not share memory, which a kernel's do.
+    return loss, *(value.clone() for value in terms[1:4]), terms.means, *_kept(tokens), *gradients
 
 
 def _over_pairs(value: Tensor, reduction: str, num_sequences: int) -> Tensor:
@@ -339,23 +393,17 @@ def _(
         like.new_empty((num_sequences // 2,) if reduction == "none" else ()),
         like.new_empty(num_sequences),
         like.new_empty(num_sequences),
+        like.new_empty(num_sequences),
         like.new_empty((3, num_sequences) if return_stats else 0),
         *_kept(tokens),
         *gradients,
     )
 
 
-@torch.library.custom_op(
-    "reprdpo::linear_preference_loss_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad_loss, Tensor logp, Tensor row_stats, Tensor residual, Tensor hidden_rows, "
-        f"{_INPUTS}, int? max_tile_bytes, {_NEEDS}) -> (Tensor, Tensor, Tensor)"
-    ),
-)
+@torch.library.custom_op("reprdpo::linear_preference_loss_backward", mutates_args=())
 def _linear_preference_loss_backward(
     grad_loss: Tensor,
-    logp: Tensor,
+    slope: Tensor,
     row_stats: Tensor,
     residual: Tensor,
     hidden_rows: Tensor,
@@ -365,14 +413,6 @@ def _linear_preference_loss_backward(
     labels: Tensor,
     sequence_ids: Tensor,
     scored_index: Tensor | None,
-    ref_chosen_logp: Tensor | None,
-    ref_rejected_logp: Tensor | None,
-    confidence: Tensor,
-    num_sequences: int,
-    beta: float,
-    loss_types: list[str],
-    loss_weights: list[float],
-    simpo_gamma: float,
     reduction: str,
     logit_scale: float,
     softcap: float | None,
@@ -383,14 +423,11 @@ def _linear_preference_loss_backward(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = _segments(labels, sequence_ids, num_sequences, ignore_index)
-    constants = (ref_chosen_logp, ref_rejected_logp, confidence, beta, loss_types, loss_weights, simpo_gamma)
-    terms = _terms(logp, layout.offsets.diff(), constants)
-    grad_loss = _over_pairs(grad_loss, reduction, num_sequences)
-    grad_S = torch.cat([grad_loss * terms.chosen_slope, grad_loss * terms.rejected_slope])
+    pairs = slope.shape[0] // 2
+    grad_S = _over_pairs(grad_loss, reduction, 2 * pairs) * slope.view(2, pairs)
     return head_backward(
         select_head("linear_preference_loss", hidden, weight),
-        reference.sequence_sum_backward(grad_S, layout, labels.shape[0]),
+        _token_gradients(grad_S.reshape(-1), sequence_ids, labels, ignore_index),
         None,
         hidden,
         Head(weight, bias, logit_scale, softcap, temperature),
@@ -409,7 +446,7 @@ def _linear_preference_loss_backward(
 @_linear_preference_loss_backward.register_fake
 def _(
     grad_loss: Tensor,
-    logp: Tensor,
+    slope: Tensor,
     row_stats: Tensor,
     residual: Tensor,
     hidden_rows: Tensor,
@@ -422,13 +459,13 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, logp, reward, stats, row_stats, residual, hidden_rows, *gradients = output
-    ctx.save_for_backward(logp, row_stats, residual, hidden_rows, *inputs[:9])
-    ctx.constants = (*inputs[9:-5], inputs[-4])
+    _, logp, reward, slope, stats, row_stats, residual, hidden_rows, *gradients = output
+    ctx.save_for_backward(slope, row_stats, residual, hidden_rows, *inputs[:6])
+    ctx.constants = (*inputs[14:19], inputs[20])
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
     # Not saved tensors: the first backward takes them, scales them where they lie and hands them on, with no copy.
     ctx.finished = {position: grad for position, grad in enumerate(gradients) if grad.numel()}
-    ctx.mark_non_differentiable(logp, reward, stats, row_stats, residual, hidden_rows, *gradients)
+    ctx.mark_non_differentiable(logp, reward, slope, stats, row_stats, residual, hidden_rows, *gradients)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from reprdpo.ops import backend, checks, reference
-from reprdpo.ops.head_tiles import default_tile_bytes
+from reprdpo.ops.backend import Backend
+from reprdpo.ops.head_tiles import default_tile_bytes, triton_kernels
 from reprdpo.ops.linear_logprob import check_integer
 
-backend.declare("logprob")
+backend.declare("logprob", cpu=("native",), cuda=("triton",))
 
 
 def logprob(
@@ -60,6 +61,12 @@ def logprob(
     return logp_N.reshape(labels.shape)
 
 
+def _select(logits_NV: Tensor) -> Backend:
+    """The backend; kernels read logits in rows."""
+    kind = backend.select("logprob", logits_NV)
+    return kind if logits_NV.stride(1) == 1 or logits_NV.shape[1] == 1 else "reference"
+
+
 def _tiles(logits_NV: Tensor, labels_N: Tensor, ignore_index: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Rows, their logits as a fresh tensor in the compute dtype, labels, and where these are ignored (a zero row)."""
     dtype = reference.compute_dtype(logits_NV)
@@ -81,6 +88,14 @@ def _write_gradient(
     ignore_index: int,
 ) -> None:
     """Gradient of the logits into ``out_NV``, which may be the logits themselves."""
+    arguments = (grad_logp_N.contiguous(), logits_NV, labels_N, row_stats_3N, temperature, ignore_index, out_NV)
+    kind = _select(logits_NV)
+    if kind == "native":
+        torch.ops.reprdpo_native.logprob_backward(*arguments)
+        return
+    if kind == "triton":
+        triton_kernels("logprob").logprob_backward(*arguments)
+        return
     for rows, tile_nV, labels_n, ignored_n in _tiles(logits_NV, labels_N, ignore_index):
         grad_nV = reference.token_logprob_backward(
             tile_nV.div_(temperature),
@@ -95,7 +110,12 @@ def _write_gradient(
 def _logprob(
     logits: Tensor, labels: Tensor, temperature: float, ignore_index: int, inplace_backward: bool
 ) -> tuple[Tensor, Tensor]:
-    backend.select("logprob", logits)
+    kind = _select(logits)
+    if kind == "native":
+        return torch.ops.reprdpo_native.logprob(logits, labels, temperature, ignore_index)
+    if kind == "triton":
+        logp_N, row_stats_3N = triton_kernels("logprob").logprob_forward(logits, labels, temperature, ignore_index)
+        return logp_N.clone(), row_stats_3N.clone()  # an op's outputs must not share memory
     logp_N, row_stats_3N = _empty_outputs(logits)
     for rows, tile_nV, labels_n, ignored_n in _tiles(logits, labels, ignore_index):
         tile = reference.token_logprob(tile_nV.div_(temperature), labels_n)
@@ -120,7 +140,6 @@ def _empty_outputs(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
 def _logprob_backward(
     grad_logp: Tensor, logits: Tensor, labels: Tensor, row_stats: Tensor, temperature: float, ignore_index: int
 ) -> Tensor:
-    backend.select("logprob", logits)
     grad_NV = torch.empty_like(logits)
     _write_gradient(grad_NV, grad_logp, logits, labels, row_stats, temperature, ignore_index)
     return grad_NV
@@ -137,7 +156,6 @@ def _(
 def _logprob_backward_inplace(
     grad_logp: Tensor, logits: Tensor, labels: Tensor, row_stats: Tensor, temperature: float, ignore_index: int
 ) -> None:
-    backend.select("logprob", logits)
     _write_gradient(logits, grad_logp, logits, labels, row_stats, temperature, ignore_index)
 
 

@@ -1,6 +1,6 @@
 """Tiles of whole pairs: a pair's gradients are finished while its residual is alive, three matmuls at any batch size.
 
-Shape suffixes: N tokens, R rows scored, n rows of a group or tile, D hidden size, V vocabulary, s sequences of a group.
+Shape suffixes: N tokens, R rows scored, n rows of a group or tile, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reprdpo.ops import reference
 from reprdpo.ops.backend import Backend
 from reprdpo.ops.head_schedule import (
     HeadForward,
@@ -26,15 +25,15 @@ from reprdpo.ops.head_schedule import (
 from reprdpo.ops.head_tiles import GradientSum, HeadTiles, Needs, exact_matmuls
 from reprdpo.ops.reference import Head, TokenResidual
 
-# Log-probs [s] and lengths [s] of the sequences of some pairs, to the loss's derivatives by those log-probs [s].
-Slopes = Callable[[Tensor, Tensor, slice], Tensor]
+# Log-probs, sequences and labels [n] of the rows of some pairs, to the loss's derivatives by those log-probs [n].
+Slopes = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
 
 
 class PairGroup(NamedTuple):
     """Some pairs: their rows, and each row's sequence, chosen ones first, counted within the group (outside: none)."""
 
     pairs: slice
-    index: Tensor
+    rows: Tensor
     sequence_ids: Tensor
 
 
@@ -63,7 +62,7 @@ def pair_forward(
     out = empty_forward(kind, hidden_ND, head.weight.shape[0], num_rows, plan, needs, entropy=stats, stats=stats)
     index_R = scored_rows(labels_N, scored_index, ignore_index)
     groups = pair_groups(index_R, sequence_ids_N[index_R], num_sequences, plan.rows)
-    pieces = [even_tiles(group.index.shape[0], plan.rows) for group in groups]
+    pieces = [even_tiles(group.rows.shape[0], plan.rows) for group in groups]
     largest = max((rows.stop - rows.start for parts in pieces for rows in parts), default=0)
     tiles = HeadTiles(kind, head, largest, plan.upcast_bytes)
     total = GradientSum(
@@ -91,27 +90,20 @@ def pair_forward(
         total.add(tile.residual, scale_n, hidden_nD, index_n)
 
     def token_gradients(group: PairGroup) -> Tensor:
-        ignored_n = labels_N[group.index] == ignore_index
-        count = 2 * (group.pairs.stop - group.pairs.start)
-        layout = reference.segments(
-            group.index.shape[0], count, group.sequence_ids.masked_fill(ignored_n, -1), None
-        )
-        logp_s = reference.sequence_sum(out.logp[group.index], layout)
-        grad_s = slopes(logp_s, layout.offsets.diff(), group.pairs)
-        return reference.sequence_sum_backward(grad_s, layout, group.index.shape[0])
+        return slopes(out.logp[group.rows], group.sequence_ids, labels_N[group.rows], group.pairs)
 
     with exact_matmuls(hidden_ND.device):
         for group, parts in zip(groups, pieces, strict=True):
             if len(parts) == 1:
-                made = make(group.index, residual=True, outputs=True)
-                add(made, group.index, token_gradients(group))
+                made = make(group.rows, residual=True, outputs=True)
+                add(made, group.rows, token_gradients(group))
                 del made
                 continue
             for rows in parts:
-                make(group.index[rows], residual=False, outputs=True)
+                make(group.rows[rows], residual=False, outputs=True)
             grad_n = token_gradients(group)
             for rows in parts:
-                index_n = group.index[rows]
+                index_n = group.rows[rows]
                 add(make(index_n, residual=True, outputs=False), index_n, grad_n[rows])
     return out, total.finish()
 

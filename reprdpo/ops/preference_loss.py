@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from reprdpo.ops import backend, checks, reference
+from reprdpo.ops.head_tiles import triton_kernels
 from reprdpo.ops.reference import PAIR_LOSSES, PairBatch, PairTerms
 
-backend.declare("preference_loss")
+backend.declare("preference_loss", cuda=("triton",))
 
 
 class PreferenceLoss(NamedTuple):
@@ -179,9 +180,9 @@ def _check_constant(name: str, value: Tensor, like: Tensor, pairs: int) -> None:
     ),
 )
 def _preference_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    backend.select("preference_loss", arguments[0])
     terms = _terms(arguments)
-    return terms.loss, terms.chosen_reward, terms.rejected_reward
+    # An op's outputs must not share memory, which a kernel's do.
+    return terms.loss.clone(), terms.chosen_reward.clone(), terms.rejected_reward.clone()
 
 
 @_preference_loss.register_fake
@@ -200,7 +201,6 @@ def _(chosen_logp: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     ),
 )
 def _preference_loss_backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    backend.select("preference_loss", grad_loss)
     terms = _terms(arguments)
     return grad_loss * terms.chosen_slope, grad_loss * terms.rejected_slope
 
@@ -212,9 +212,10 @@ def _(grad_loss: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 def _terms(arguments: tuple[Any, ...]) -> PairTerms:
     *tensors, beta, loss_types, loss_weights, simpo_gamma = arguments
-    return reference.preference_terms(
-        PairBatch(*tensors), beta=beta, loss_types=loss_types, loss_weights=loss_weights, simpo_gamma=simpo_gamma
-    )
+    scalars = {"beta": beta, "loss_types": loss_types, "loss_weights": loss_weights, "simpo_gamma": simpo_gamma}
+    if backend.select("preference_loss", tensors[0]) == "triton":
+        return PairTerms(*triton_kernels("preference_loss").preference_loss_forward(*tensors, **scalars))
+    return reference.preference_terms(PairBatch(*tensors), **scalars)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

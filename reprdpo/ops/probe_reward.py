@@ -121,6 +121,8 @@ Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor]
 ConfidenceOptions = tuple[float | None, bool, float | None, bool]
 _NO_CONFIDENCE: ConfidenceOptions = (None, False, None, False)
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
+# Of reward, layer_scores and layer_gate.
+Upstream = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _run(
@@ -251,7 +253,7 @@ def _float_rows(parameter: Tensor | None) -> Tensor | None:
 
 
 def _gradients(
-    upstream: Sequence[Tensor | None],
+    upstream: Upstream,
     pooled: Tensor | None,
     index: Tensor | None,
     probe_weight: Tensor,
@@ -265,22 +267,23 @@ def _gradients(
     needs: Sequence[bool],
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """Those of the hidden states, probe_weight, probe_bias, gate_weight and gate_bias; empty where not in ``needs``."""
-    rest = (gate, hidden_shape, hidden_count, hidden_dtype, needs)
     backend = select("probe_reward", probe_weight, dtype=scores.dtype)
-    if backend == "triton":
-        from reprdpo_kernels.probe_reward import probe_reward_backward
-
-        return probe_reward_backward(*upstream, pooled, index, probe_weight, gate_weight, scores, layer_gate, *rest)
     if backend == "native":
         dense = index if index is None else index.contiguous()
-        floats = (_float_rows(probe_weight), _float_rows(gate_weight), scores, layer_gate)
-        hidden, *grads = torch.ops.reprdpo_native.probe_reward_backward.default(*upstream, pooled, dense, *floats, *rest)
-        return (hidden, *(grad.to(probe_weight.dtype) for grad in grads))  # type: ignore[return-value]
-    found = reference.probe_reward_backward(
-        *upstream, pooled, index, probe_weight, gate_weight, scores, layer_gate, *rest
-    )
+        hidden, *grads = torch.ops.reprdpo_native.probe_reward_backward.default(
+            *upstream, pooled, dense, _float_rows(probe_weight), _float_rows(gate_weight), scores, layer_gate, gate,
+            hidden_shape, hidden_count, hidden_dtype, needs,
+        )  # fmt: skip
+        return (hidden, *(grad.to(probe_weight.dtype) for grad in grads))
+    backward: Any = reference.probe_reward_backward
+    if backend == "triton":
+        from reprdpo_kernels.probe_reward import probe_reward_backward as backward
+    found = backward(
+        *upstream, pooled, index, probe_weight, gate_weight, scores, layer_gate, gate, hidden_shape, hidden_count,
+        hidden_dtype, needs,
+    )  # fmt: skip
     filled = [probe_weight.new_empty(0) if grad is None else grad for grad in found[1:]]
-    return (found.hidden_states or [], *filled)  # type: ignore[return-value]
+    return (found[0] or [], *filled)  # type: ignore[return-value]
 
 
 @torch.library.custom_op("reprdpo::probe_reward", mutates_args=())
@@ -439,8 +442,8 @@ def _run_eagerly(
         index = index.long()
     asks = hidden_asks = False
     if torch.is_grad_enabled():
-        hidden_asks = any([layer.requires_grad for layer in layers])
-        asks = hidden_asks or any([parameter is not None and parameter.requires_grad for parameter in parameters])
+        hidden_asks = any(layer.requires_grad for layer in layers)
+        asks = hidden_asks or any(parameter is not None and parameter.requires_grad for parameter in parameters)
     try:
         if hidden_asks:
             return _ProbeReward.apply(None, index, *parameters, gate, options, backend, *layers)
@@ -461,7 +464,7 @@ def _check_once(
     gate: str,
     options: ConfidenceOptions,
 ) -> str:
-    """The backend that serves, after the checks; arguments that look to them like earlier ones are not checked again."""
+    """The backend that serves, after the checks, which look but once at arguments that are alike to them."""
     first, n = layers[0], len(layers)
     key = (
         n if hidden_states is layers else None, first.shape, first.dtype, first.device, gate, options[0] is None,
@@ -473,7 +476,7 @@ def _check_once(
         if backend == "native" and (first.is_cpu or [layer.device for layer in layers].count(first.device) == n):
             return backend
         seen = (first.shape, first.dtype, first.device)
-        if all([(layer.shape, layer.dtype, layer.device) == seen for layer in layers]):
+        if all((layer.shape, layer.dtype, layer.device) == seen for layer in layers):
             return backend
     _check(hidden_states, index, parameters, gate, options)
     if len(_accepted) >= _MAX_ACCEPTED:
@@ -520,7 +523,7 @@ class _ProbeReward(torch.autograd.Function):
         needs = [ctx.asks_hidden, *ctx.needs_input_grad[2:6]]
         arguments = (rows, index, probe_weight, gate_weight, scores, layer_gate, *ctx.rest, needs)
         if type(scores) is Tensor and not torch._C._len_torch_dispatch_stack():
-            hidden, *grads = _gradients(upstream[:3], *arguments)
+            hidden, *grads = _gradients((upstream[0], upstream[1], upstream[2]), *arguments)
         else:
             hidden, *grads = torch.ops.reprdpo.probe_reward_backward(*upstream[:3], *arguments)
         asked = [grad if need else None for grad, need in zip(grads, needs[1:], strict=True)]

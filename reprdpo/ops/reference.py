@@ -236,7 +236,9 @@ class TokenResidual(NamedTuple):
 HALF_RESIDUAL_SCALE = 4096.0
 
 
-def head_logits(raw_NV: Tensor, bias_V: Tensor | None, logit_scale: float, softcap: float | None, temperature: float) -> Tensor:
+def head_logits(
+    raw_NV: Tensor, bias_V: Tensor | None, logit_scale: float, softcap: float | None, temperature: float
+) -> Tensor:
     """``z = softcap * tanh(logit_scale * (raw + b) / softcap) / temperature``, written over ``raw = h W^T``."""
     if bias_V is not None:
         raw_NV += bias_V

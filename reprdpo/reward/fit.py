@@ -26,6 +26,7 @@ from reprdpo.reward.svm import check_finite, fit_linear_svm
 Gate = Literal["softmax", "static", "vote"]
 PAPER_ALPHA = 7.5
 _HISTOGRAM_BINS = 20
+_STAGE2_GRADIENT = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class FitReport:
 
     ``layer_accuracy`` [L] is the stage-1 probes' pair accuracy, ``gated_accuracy`` and ``train_accuracy`` are the
     reward's, ``held_out_nll`` is Eq. 7. ``calibration`` is gamma's at the alpha in use, ``paper_calibration`` at 7.5;
-    ``confidence_histogram`` counts gamma over [0, 1].
+    ``confidence_histogram`` counts gamma over [0, 1]; ``converged`` says whether stage 2 came to rest.
     """
 
     num_pairs: int
@@ -103,6 +104,7 @@ class FitReport:
     calibration: Calibration
     paper_calibration: Calibration
     confidence_histogram: dict[str, list[float]]
+    converged: bool
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -170,6 +172,7 @@ def fit_parameters(
         calibration=calibration(used_gap_P, alpha),
         paper_calibration=calibration(used_gap_P, PAPER_ALPHA),
         confidence_histogram=_histogram(torch.sigmoid(alpha * used_gap_P)),
+        converged=fitted.converged,
         seconds=time.perf_counter() - started,
     )
     if report.gated_accuracy <= 0.5:
@@ -218,6 +221,7 @@ class _Fitted(NamedTuple):
     span: Span
     probes: RewardParameters
     reduced: RewardParameters
+    converged: bool
 
     def features(self, states: Tensor) -> Tensor:
         return self.span.coordinates(self.standardizer(states))
@@ -267,7 +271,8 @@ def _fit(states: Tensor, label_S: Tensor, groups: list[Any], config: RewardFitCo
         seed=config.seed,
     )
     probes = RewardParameters(svm.coef, svm.intercept, *_flat_gate(svm.coef, config.gate))
-    return _Fitted(standardizer, span, probes, _stage2(features_LSR, probes, config)), svm.C
+    reduced, converged = _stage2(features_LSR, probes, config)
+    return _Fitted(standardizer, span, probes, reduced, converged), svm.C
 
 
 def _flat_gate(coef: Tensor, gate: Gate) -> tuple[Tensor | None, Tensor]:
@@ -281,38 +286,69 @@ def _flat_gate(coef: Tensor, gate: Gate) -> tuple[Tensor | None, Tensor]:
     return coef.new_zeros(L, L), bias + torch.logit(torch.tensor(1 / max(L, 2))).item()
 
 
-def _stage2(features_LSR: Tensor, start: RewardParameters, config: RewardFitConfig) -> RewardParameters:
-    """Minimise Eq. 7 plus the pull toward ``start``, full batch, by L-BFGS."""
+def _stage2(features_LSR: Tensor, start: RewardParameters, config: RewardFitConfig) -> tuple[RewardParameters, bool]:
+    """Minimise Eq. 7 plus the pull toward ``start``, full batch, by L-BFGS; whether its gradient came down to 0."""
     origin = [p for p in start if p is not None]
-    moved = [p.clone().requires_grad_() for p in origin]
-    P = features_LSR.shape[1] // 2
+    moved = [p.clone() for p in origin]
     optimizer = torch.optim.LBFGS(
         moved,
         max_iter=config.max_iter,
-        tolerance_grad=1e-5,
+        tolerance_grad=_STAGE2_GRADIENT,
         tolerance_change=1e-7,
         history_size=10,
         line_search_fn="strong_wolfe",
     )
 
     def unpack() -> RewardParameters:
-        if start.gate_weight is None:
-            return RewardParameters(moved[0], moved[1], None, moved[2])
-        return RewardParameters(*moved)
+        weight, bias, *gate_weight, gate_bias = moved
+        return RewardParameters(weight, bias, gate_weight[0] if gate_weight else None, gate_bias)
 
     def closure() -> Tensor:
-        optimizer.zero_grad()
-        chosen, rejected = _reward(features_LSR, unpack(), config.gate).split(P)
-        distance = torch.stack([(p - q).square().sum() for p, q in zip(moved, origin, strict=True)]).sum()
-        loss = F.softplus(config.margin - chosen + rejected).mean() + config.regularisation / 2 * distance
-        loss.backward()
+        loss, grads = _nll(features_LSR, unpack(), config)
+        for p, q, grad in zip(moved, origin, grads, strict=True):
+            distance = p - q
+            loss = loss + config.regularisation / 2 * distance.square().sum()
+            p.grad = grad.add_(distance, alpha=config.regularisation)
         return loss
 
-    with torch.enable_grad():
-        optimizer.step(closure)
+    optimizer.step(closure)
+    closure()
+    steepest = max(float(p.grad.abs().max()) for p in moved if p.grad is not None)
     for p in moved:
-        p.requires_grad_(False)
-    return unpack()
+        p.grad = None
+    return unpack(), steepest <= 10 * _STAGE2_GRADIENT
+
+
+def _nll(features_LSR: Tensor, parameters: RewardParameters, config: RewardFitConfig) -> tuple[Tensor, list[Tensor]]:
+    """Eq. 7 and its gradients in closed form, as many as there are parameters.
+
+    With u = dloss/dR: ds = g u where the gate knows nothing of s, plus V^T dlogit for "vote"; dlogit = g (s - R) u
+    under a softmax, g (1 - g) s u under sigmoids; the weights' gradients are those times the features.
+    """
+    vote = parameters.gate_weight if config.gate == "vote" else None
+    bias_L1 = parameters.gate_bias[:, None]
+    weights = [w for w in (parameters.probe_weight, parameters.gate_weight) if w is not None and w is not vote]
+    product_LKS = torch.stack(weights, 1) @ features_LSR.mT
+    score_LS = product_LKS[:, 0] + parameters.probe_bias[:, None]
+    if vote is not None:
+        gate_LS = torch.sigmoid(vote @ score_LS + bias_L1)
+    else:
+        gate_LS = (product_LKS[:, 1:].sum(1) + bias_L1).softmax(0)
+    reward_S = (gate_LS * score_LS).sum(0)
+    chosen, rejected = reward_S.chunk(2)
+    short_P = config.margin - chosen + rejected
+    slope_P = torch.sigmoid(short_P) / len(short_P)
+    pulled_LS = gate_LS * torch.cat([-slope_P, slope_P])
+    if vote is not None:
+        logit_LS = pulled_LS * (1 - gate_LS) * score_LS
+        pulled_LS = pulled_LS + vote.T @ logit_LS
+    else:
+        logit_LS = pulled_LS * (score_LS - reward_S)
+    grads_LKR = torch.stack([pulled_LS, logit_LS][: len(weights)], 1) @ features_LSR
+    grads = [grads_LKR[:, 0].contiguous(), pulled_LS.sum(1)]
+    grads += [grads_LKR[:, 1].contiguous()] if len(weights) == 2 else []
+    grads += [logit_LS @ score_LS.T] if vote is not None else []
+    return F.softplus(short_P).mean(), [*grads, logit_LS.sum(1)]
 
 
 def _scores(features_LSR: Tensor, parameters: RewardParameters) -> Tensor:

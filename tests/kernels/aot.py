@@ -22,7 +22,7 @@ MAX_SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 class Resources(NamedTuple):
-    """A compiled kernel's registers a thread, bytes of stack a thread (where spills go), of shared memory, and loads."""
+    """A kernel's registers a thread, bytes of stack a thread (where spills go) and of shared memory, loads."""
 
     registers: int
     spills: int

@@ -33,6 +33,10 @@ def signature(kernel, constexprs, *, integers="i32", **types):
 
 
 def assert_fits(kernel, constexprs, capability, num_warps, **types):
+    for option, pointer in (("BIAS", "bias_ptr"), ("POWER", "power_ptr"), ("REFERENCE", "ref_chosen_ptr")):
+        if pointer in kernel.arg_names and not constexprs[option]:
+            constexprs = constexprs | {pointer: None}
+            types.pop(pointer, None)
     cost = aot.compile(kernel, signature(kernel, constexprs, **types), constexprs, capability, num_warps=num_warps)
     assert cost.spills == 0, (constexprs, types, cost)
     # A program's registers are handed out by 8 a thread.

@@ -374,7 +374,23 @@ def test_opcheck(extras, budget):
     )
     torch.library.opcheck(  # the head frozen
         torch.ops.reprdpo.linear_logprob.default,
-        (hidden, weight.detach(), None, labels, scored, 0.7, softcap, 1.3, -100, extras, extras, None, True, False, False),
+        (
+            hidden,
+            weight.detach(),
+            None,
+            labels,
+            scored,
+            0.7,
+            softcap,
+            1.3,
+            -100,
+            extras,
+            extras,
+            None,
+            True,
+            False,
+            False,
+        ),
     )
     out = torch.ops.reprdpo.linear_logprob(
         *(hidden, weight, bias, labels, scored, 1.0, None, 1.0, -100, True, False, budget, True, True, extras)

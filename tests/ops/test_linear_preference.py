@@ -269,13 +269,13 @@ def test_opcheck(reduction, budget):
     torch.library.opcheck(
         torch.ops.reprdpo.linear_preference_loss.default, (*inputs, reduction == "mean", budget, *needs)
     )
-    loss, logp, _, _, *kept = (
+    loss, _, _, slope, _, *kept = (
         value.detach() for value in torch.ops.reprdpo.linear_preference_loss(*inputs, True, budget, *needs)
     )
     detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
     torch.library.opcheck(
         torch.ops.reprdpo.linear_preference_loss_backward.default,
-        (torch.ones_like(loss), logp, *kept[:3], *detached, budget, *needs),
+        (torch.ones_like(loss), slope, *kept[:3], *detached[:6], *detached[14:19], budget, *needs),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -510,7 +510,11 @@ UNLIKE = [torch.zeros(4, 5, 6), torch.zeros(4, 5, 6), torch.zeros(4, 4, 6)]
         ({"index": torch.zeros(3, dtype=torch.int64)}, ValueError, r"index must be of shape \[B\] = \[4\]"),
         ({"hidden_states": []}, ValueError, "hidden_states must hold at least one layer"),
         ({"hidden_states": UNLIKE}, ValueError, r"hidden_states\[2\] must be of shape \[4, 5, 6\]"),
-        ({"hidden_states": [*make_hidden(2), make_hidden(1)[0].half()]}, TypeError, r"hidden_states\[2\] must have the dt"),
+        (
+            {"hidden_states": [*make_hidden(2), make_hidden(1)[0].half()]},
+            TypeError,
+            r"hidden_states\[2\] must have the dt",
+        ),
         ({"hidden_states": [*make_hidden(2), torch.zeros(4, 5, 6, device="meta")]}, ValueError, "must have the device"),
         ({"hidden_states": [*make_hidden(2), None]}, TypeError, r"hidden_states\[2\] must be a tensor"),
         ({"hidden_states": [torch.zeros(3, 4, 5, 6)]}, ValueError, r"must be \[B, T, D\] or packed"),

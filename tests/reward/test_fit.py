@@ -12,6 +12,7 @@ from reprdpo import ops
 from reprdpo.errors import UserError
 from reprdpo.reward import HybridReward, RewardFitConfig, fit_from_states, fit_parameters
 from reprdpo.reward.features import Span, Standardizer
+from reprdpo.reward.fit import RewardParameters, _nll
 
 
 def make_states(P: int = 60, L: int = 3, D: int = 12, signal: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -138,6 +139,28 @@ def test_stage_two_lowers_the_loss_and_regularisation_holds_it_back() -> None:
         reward = HybridReward(*parameters)
         losses.append(reward.nll(reward(chosen).reward, reward(rejected).reward).item())
     assert losses[0] < losses[1] < losses[2]
+
+
+@pytest.mark.parametrize("gate", ["softmax", "static", "vote"])
+def test_stage_two_gradient_is_autograds(gate: str) -> None:
+    features = torch.randn(3, 12, 5, dtype=torch.float64)
+    shapes = [(3, 5), (3,), {"softmax": (3, 5), "static": None, "vote": (3, 3)}[gate], (3,)]
+    parameters = [None if s is None else torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    pooled = features.transpose(0, 1)
+    chosen, rejected = ops.probe_reward(pooled, None, *parameters, gate=gate).reward.chunk(2)
+    expected = HybridReward.nll(chosen, rejected, 0.7)
+    expected.backward()
+    given = RewardParameters(*(None if p is None else p.detach() for p in parameters))
+    loss, grads = _nll(features, given, RewardFitConfig(gate=gate, margin=0.7))
+    torch.testing.assert_close(loss, expected.detach())
+    for grad, p in zip(grads, (p for p in parameters if p is not None), strict=True):
+        torch.testing.assert_close(grad, p.grad)
+
+
+def test_stage_two_says_whether_it_came_to_rest() -> None:
+    chosen, rejected = make_states()
+    assert fit_parameters(chosen, rejected, RewardFitConfig(max_iter=500, regularisation=0.1))[1].converged
+    assert not fit_parameters(chosen, rejected, RewardFitConfig(max_iter=1))[1].converged
 
 
 def test_safety_labels_steer_stage_one() -> None:
