@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
@@ -141,6 +141,39 @@ def model_fingerprint(model: nn.Module) -> str:
         flat = parameter.detach().cpu().contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """A hash of what a model was trained from: equal with and without peft's adapters, in whatever dtype it is held.
+
+    A dtype that rounds the values makes another model of it; one that only holds them wider does not.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in _base_parameters(unwrap(model)):
+        flat = _narrowest(parameter.detach().cpu().contiguous().view(-1))
+        digest.update(json.dumps([name, list(parameter.shape), str(flat.dtype)]).encode())
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _narrowest(values: Tensor) -> Tensor:
+    """The same values in the first dtype that holds them exactly, so that how they were loaded leaves no trace."""
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = values.to(dtype)
+        if values.dtype.is_floating_point and torch.equal(narrow.to(values.dtype), values):
+            return narrow
+    return values
+
+
+def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names, as they are without peft, and parameters, in order, without those that peft's wrappers add."""
+    added: set[int] = set()
+    for module in model.modules():
+        for inner in ("base_layer", "original_module"):
+            if isinstance(wrapped := getattr(module, inner, None), nn.Module):
+                added |= {id(p) for p in module.parameters()} - {id(p) for p in wrapped.parameters()}
+    found = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in added]
+    return sorted((name.replace(".base_layer.", ".").replace(".original_module.", "."), p) for name, p in found)
 
 
 def _where(path: str | Path, what: str) -> dict[str, Any]:

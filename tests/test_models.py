@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from reprdpo.errors import UserError
 from reprdpo.models import (
+    base_fingerprint,
     decoder,
     decoder_layers,
     load_causal_lm,
@@ -77,6 +78,22 @@ def test_fingerprints_are_of_the_parameters(tmp_path: Path) -> None:
     with torch.no_grad():
         model.lm_head.weight[-1, -1] = torch.nextafter(model.lm_head.weight[-1, -1], torch.tensor(9.0))
     assert model_fingerprint(model) != first
+
+
+def test_the_base_is_known_in_a_wider_dtype_and_under_adapters() -> None:
+    model = tiny_causal_lm("qwen2_tied").to(torch.bfloat16)
+    base = base_fingerprint(model)
+    model.float()
+    assert base_fingerprint(model) == base != base_fingerprint(tiny_causal_lm("qwen2_tied"))
+    before = model_fingerprint(model)
+    peft = pytest.importorskip("peft")
+    targets = {"target_modules": ["q_proj"], "modules_to_save": ["norm"], "init_lora_weights": False}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, **targets))
+    assert base_fingerprint(adapted) == base
+    assert model_fingerprint(adapted) != before
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0, 0] += 1
+    assert base_fingerprint(adapted) != base
 
 
 def without_weights(folder: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reprdpo import __version__, files, ops
 from reprdpo.errors import UserError
-from reprdpo.models import model_fingerprint, unwrap
+from reprdpo.models import base_fingerprint, unwrap
 from reprdpo.ops import ProbeReward
 from reprdpo.reward.fit import FitReport, Gate, RewardFitConfig, fit_parameters
 from reprdpo.reward.taps import Pool
@@ -177,8 +177,9 @@ class HybridReward(nn.Module):
                 )
         if not allow_descendant and wanted["fingerprint"] not in (None, found["fingerprint"]):
             raise UserError(
-                f"the reward was fitted on other weights or another dtype ({wanted['base_model']}) than this model's "
-                f"({found['base_model']}); fit a reward on it, or allow descendants if it was trained from that base"
+                f"the reward was fitted on other weights ({wanted['base_model']}) than this model's "
+                f"({found['base_model']}); fit a reward on it, or allow descendants if it was trained, rounded or "
+                "quantised from that base"
             )
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -246,7 +247,7 @@ def _describe(model: nn.Module, *, fingerprint: bool = True) -> dict[str, Any]:
     return {
         "base_model": getattr(unwrap(model).config, "_name_or_path", None) or type(unwrap(model)).__name__,
         "model_type": config.model_type,
-        "fingerprint": model_fingerprint(model) if fingerprint else None,
+        "fingerprint": base_fingerprint(model) if fingerprint else None,
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
     }

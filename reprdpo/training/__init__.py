@@ -1,7 +1,7 @@
 """Training: the method, its baselines, and the reference log-probs they share."""
 
 from reprdpo.training.checkpoint import last_checkpoint
-from reprdpo.training.config import OnlineDPOConfig, ReprDPOConfig, ReprSFTConfig, RewardModelConfig
+from reprdpo.training.config import ConfidenceConfig, OnlineDPOConfig, ReprDPOConfig, ReprSFTConfig, RewardModelConfig
 from reprdpo.training.online import OnlineDPOTrainer
 from reprdpo.training.presets import PRESETS
 from reprdpo.training.reference import reference_logps
@@ -12,6 +12,7 @@ from reprdpo.training.trainer import ReprDPOTrainer
 __all__ = [
     "PRESETS",
     "BradleyTerryRewardModel",
+    "ConfidenceConfig",
     "OnlineDPOConfig",
     "OnlineDPOTrainer",
     "ReprDPOConfig",

@@ -77,7 +77,45 @@ class RewardModelConfig(BaseConfig):
 
 
 @dataclass
-class ReprDPOConfig(BaseConfig):
+class ConfidenceConfig:
+    """How gamma is read from a reward, and how the reward learns: fields of every config of a trainer that has one."""
+
+    alpha: float | str | None = _help(None, 'Steepness of gamma, or "auto" (default): the one fitted with the reward.')
+    squash: bool | None = _help(None, "gamma from squashed rewards; unset: as the reward was fitted.")
+    confidence_floor: float | None = _help(None, "Smallest gamma (default: none).")
+    confidence_reduce: Literal["batch"] | None = _help(None, '"batch": every pair takes the mean gamma of its batch.')
+    update_reward: bool = _help(True, "Update the reward once per optimizer step on the batch's own states.")
+    reward_learning_rate: float = _help(1e-3, "Learning rate of the reward's own Adam.")
+    reward_margin: float = _help(None, f"mu of Eq. 7 in the update (default {DEFAULTS['reward_margin']}).")
+    allow_reward_descendant: bool = _help(
+        False, "Accept a reward fitted on other weights of the same architecture (say, before supervised fine-tuning)."
+    )
+
+    def alpha_or(self, fitted: float) -> float:
+        """The steepness set here, or with "auto" the ``fitted`` one."""
+        return self.alpha if isinstance(self.alpha, float) else fitted
+
+    def check_confidence(self) -> None:
+        """Fill what is unset with the library's defaults.
+
+        Raises:
+            UserError: a value out of its range.
+        """
+        self.alpha = _alpha(DEFAULTS["alpha"] if self.alpha is None else self.alpha)
+        if self.reward_margin is None:
+            self.reward_margin = DEFAULTS["reward_margin"]
+        rate = self.reward_learning_rate
+        _check(math.isfinite(rate) and rate > 0, "reward_learning_rate", rate, "a positive number")
+        _check(math.isfinite(self.reward_margin), "reward_margin", self.reward_margin, "a finite number")
+        if self.confidence_floor is not None:
+            _check(0 <= self.confidence_floor <= 1, "confidence_floor", self.confidence_floor, "a number from 0 to 1")
+        _check(
+            self.confidence_reduce in (None, "batch"), "confidence_reduce", self.confidence_reduce, '"batch" or unset'
+        )
+
+
+@dataclass
+class ReprDPOConfig(ConfidenceConfig, BaseConfig):
     """Settings of :class:`~reprdpo.training.ReprDPOTrainer`; names are TRL's where the meaning is the same.
 
     beta, learning_rate, per_device_train_batch_size, alpha and reward_margin, where left unset, take the preset's
@@ -100,16 +138,6 @@ class ReprDPOConfig(BaseConfig):
     )
     confidence_source: Literal["reward", "fixed"] = _help("reward", "Where gamma comes from: the reward, or a number.")
     fixed_confidence: float = _help(1.0, "gamma of confidence_source=fixed: 1 is DPO, 1 - eps is cDPO.")
-    alpha: float | str | None = _help(None, 'Steepness of gamma, or "auto" (default): the one fitted with the reward.')
-    squash: bool | None = _help(None, "gamma from squashed rewards; unset: as the reward was fitted.")
-    confidence_floor: float | None = _help(None, "Smallest gamma (default: none).")
-    confidence_reduce: Literal["batch"] | None = _help(None, '"batch": every pair takes the mean gamma of its batch.')
-    update_reward: bool = _help(True, "Update the reward once per optimizer step on the batch's own states.")
-    reward_learning_rate: float = _help(1e-3, "Learning rate of the reward's own Adam.")
-    reward_margin: float = _help(None, f"mu of Eq. 7 in the update (default {DEFAULTS['reward_margin']}).")
-    allow_reward_descendant: bool = _help(
-        False, "Accept a reward fitted on other weights of the same architecture (say, before supervised fine-tuning)."
-    )
 
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset not in PRESETS:
@@ -117,26 +145,17 @@ class ReprDPOConfig(BaseConfig):
         for name, value in (DEFAULTS | PRESETS.get(self.preset or "", {})).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.alpha = _alpha(self.alpha)
         super().__post_init__()
-
-    def alpha_or(self, fitted: float) -> float:
-        """The steepness set here, or with "auto" the ``fitted`` one."""
-        return self.alpha if isinstance(self.alpha, float) else fitted
 
     def _check_fields(self) -> None:
         super()._check_fields()
+        self.check_confidence()
         _check(self.loss_type in PAIR_LOSSES, "loss_type", self.loss_type, f"one of {', '.join(PAIR_LOSSES)}")
         if self.loss_type == "robust":
             noise_known = self.confidence_source == "fixed" and self.fixed_confidence > 0.5
             _check(noise_known, "loss_type", "robust", "a fixed confidence over 0.5 with it")
-        for name in ("beta", "reward_learning_rate"):
-            value = getattr(self, name)
-            _check(math.isfinite(value) and value > 0, name, value, "a positive number")
-        _check(math.isfinite(self.reward_margin), "reward_margin", self.reward_margin, "a finite number")
+        _check(math.isfinite(self.beta) and self.beta > 0, "beta", self.beta, "a positive number")
         _check(0 <= self.fixed_confidence <= 1, "fixed_confidence", self.fixed_confidence, "a number from 0 to 1")
-        if self.confidence_floor is not None:
-            _check(0 <= self.confidence_floor <= 1, "confidence_floor", self.confidence_floor, "a number from 0 to 1")
         batch = self.precompute_ref_batch_size
         _check(batch >= 1, "precompute_ref_batch_size", batch, "an integer of at least 1")
 
