@@ -1,5 +1,5 @@
-// The elements of a residual that hold all but a little of its mass, and the weight's rows they stand for; compiled
-// once for each CPU capability.
+// The elements of a residual that hold all but a little of its mass, and the weight's rows they stand for;
+// compiled once for each CPU capability.
 #include "common/simd.h"
 #include "logprob/sparse_residual.h"
 
@@ -102,8 +102,8 @@ int64_t keep_row(const T* row, int64_t vocabulary, const MassLevels& levels, con
 
 // `tokens` <= kPanelTokens of them, side by side. The second pass finds in the cache what the first one read.
 template <typename T, bool kWhole>
-void keep_panel(const T* residual, int64_t stride, int64_t vocabulary, int64_t tokens, const MassLevels& levels,
-                const Entries* kept, int64_t* counts) {
+void keep_panel(const T* residual, int64_t stride, int64_t vocabulary, int64_t tokens,
+                const MassLevels& levels, const Entries* kept, int64_t* counts) {
   const auto load = [&](int64_t j, int v) {
     const T* at = residual + j * stride + v * Vec::kWidth;
     if constexpr (kWhole) return Vec::load(at);
@@ -187,15 +187,19 @@ int64_t sum_columns(Element type) {
 }
 
 template <typename T>
-void sum_type(const T* weight, int64_t stride, int64_t columns, const Entries& kept, int64_t count, float scale,
-              T* out) {
+void sum_type(const T* weight, int64_t stride, int64_t columns, const Entries& kept, int64_t count,
+              const Entries& next, int64_t next_count, float scale, T* out) {
   constexpr int kVecs = kSumVecs<T>;
   if (columns == kVecs * Vec::kWidth) {
     Vec sums[kVecs];
     for (Vec& sum : sums) sum = Vec::zero();
     for (int64_t i = 0; i < count; ++i) {
-      const T* ahead = weight + kept.column[smaller(i + kAhead, count - 1)] * stride;
-      for (int64_t d = 0; d < columns; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(ahead + d);
+      const int64_t beyond = i + kAhead - count;
+      if (beyond < next_count) {
+        const T* ahead = weight + (beyond < 0 ? kept.column[i + kAhead] : next.column[beyond]) * stride;
+        for (int64_t d = 0; d < columns; d += 64 / static_cast<int64_t>(sizeof(T)))
+          __builtin_prefetch(ahead + d);
+      }
       const T* row = weight + kept.column[i] * stride;
       const Vec factor = Vec::broadcast(kept.value[i]);
       for (int v = 0; v < kVecs; ++v) {
@@ -220,12 +224,12 @@ void sum_type(const T* weight, int64_t stride, int64_t columns, const Entries& k
   }
 }
 
-void sum_rows(const Rows& weight, int64_t first, int64_t columns, const Entries& kept, int64_t count, float scale,
-              void* out) {
+void sum_rows(const Rows& weight, int64_t first, int64_t columns, const Entries& kept, int64_t count,
+              const Entries& next, int64_t next_count, float scale, void* out) {
   with_type(weight.type, [&](auto element) {
     using T = decltype(element);
-    sum_type(static_cast<const T*>(weight.data) + first, weight.stride, columns, kept, count, scale,
-             static_cast<T*>(out) + first);
+    sum_type(static_cast<const T*>(weight.data) + first, weight.stride, columns, kept, count, next,
+             next_count, scale, static_cast<T*>(out) + first);
   });
 }
 

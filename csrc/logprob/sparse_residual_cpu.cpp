@@ -1,11 +1,10 @@
-#include "logprob/sparse_residual.h"
-
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
-#include "common/buffer.h"
 #include "common/cpu_capability.h"
+#include "logprob/sparse_residual.h"
 #include "logprob/token_outputs.h"
 #include "ops.h"
 
@@ -59,28 +58,33 @@ std::tuple<Tensor, Tensor> sparse_residual_product_cpu(Tensor residual, Tensor w
   const int64_t room = std::max<int64_t>(16, V / kDensePart), entry_bytes = room * 8;
   const int64_t panels_at_once = std::max<int64_t>(1, kListBytes / (entry_bytes * k.panel_tokens));
   const int64_t group = std::min(panels_at_once * k.panel_tokens, std::max<int64_t>(n, 1));
-  Buffer lists(static_cast<size_t>(group * entry_bytes));
+  // Mostly unused: no large pages.
+  const std::unique_ptr<char[]> lists(new char[static_cast<size_t>(group * entry_bytes)]);
   std::vector<Entries> kept(group);
   for (int64_t i = 0; i < group; ++i) {
-    char* at = lists.as() + i * entry_bytes;
+    char* at = lists.get() + i * entry_bytes;
     kept[i] = {reinterpret_cast<int32_t*>(at), reinterpret_cast<float*>(at + room * 4), room};
   }
   const int64_t at_once = k.sum_columns(weight_rows.type);
   for (int64_t first = 0; first < n; first += group) {
     const int64_t tokens = std::min(group, n - first);
-    torch::stable::parallel_for(0, (tokens + k.panel_tokens - 1) / k.panel_tokens, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        const int64_t c = p * k.panel_tokens;
-        k.keep(weight_rows.type, from + (first + c) * token_stride * element_size, token_stride, column_stride, V,
-               std::min(k.panel_tokens, tokens - c), levels, kept.data() + c, count + first + c);
-      }
-    });
+    torch::stable::parallel_for(
+        0, (tokens + k.panel_tokens - 1) / k.panel_tokens, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t p = begin; p < end; ++p) {
+            const int64_t c = p * k.panel_tokens;
+            k.keep(weight_rows.type, from + (first + c) * token_stride * element_size, token_stride,
+                   column_stride, V, std::min(k.panel_tokens, tokens - c), levels, kept.data() + c,
+                   count + first + c);
+          }
+        });
     // Some columns of the weight for all tokens, so that what several of them keep is in the cache.
     for (int64_t d = 0; d < D; d += at_once) {
       torch::stable::parallel_for(0, tokens, 1, [&](int64_t begin, int64_t end) {
+        const auto entries = [&](int64_t c) { return c < end ? std::max<int64_t>(count[first + c], 0) : 0; };
         for (int64_t c = begin; c < end; ++c) {
-          k.sum_rows(weight_rows, d, std::min(at_once, D - d), kept[c], std::max<int64_t>(count[first + c], 0),
-                     scale, to + (first + c) * D * element_size);
+          k.sum_rows(weight_rows, d, std::min(at_once, D - d), kept[c], entries(c),
+                     kept[std::min(c + 1, end - 1)], entries(c + 1), scale,
+                     to + (first + c) * D * element_size);
         }
       });
     }

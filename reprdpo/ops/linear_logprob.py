@@ -95,7 +95,7 @@ def linear_logprob(
     check_scored_index(scored_index, labels)
     hidden, weight = as_autocast_would(hidden, weight)
     needs = gradient_needs(hidden, weight, bias)
-    check_mass_eps("linear_logprob", gradient_mass_eps, hidden, needs)
+    check_mass_eps(gradient_mass_eps, needs)
     flat_labels_N = labels.reshape(-1).long()
     if scored_index is None:
         scored_index = find_scored(flat_labels_N, ignore_index)

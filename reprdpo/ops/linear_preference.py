@@ -125,7 +125,7 @@ def linear_preference_loss(
     check_scored_index(scored_index, labels)
     hidden, weight = as_autocast_would(hidden, weight)
     needs = gradient_needs(hidden, weight, bias)
-    check_mass_eps("linear_preference_loss", gradient_mass_eps, hidden, needs)
+    check_mass_eps(gradient_mass_eps, needs)
     labels_N = labels.reshape(-1).long()
     if shift:
         labels_N = _next_labels(labels_N, sequence_ids_N, ignore_index)

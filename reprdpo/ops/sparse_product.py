@@ -6,7 +6,7 @@ Shape suffixes: n tokens of a tile, m flat ones among them, D hidden size, V voc
 import torch
 from torch import Tensor
 
-from reprdpo.ops import backend, reference
+from reprdpo.ops import reference
 from reprdpo.ops.backend import Backend
 from reprdpo.ops.head_tiles import Needs, hidden_product
 from reprdpo.ops.reference import HALF_RESIDUAL_SCALE
@@ -14,8 +14,8 @@ from reprdpo.ops.reference import HALF_RESIDUAL_SCALE
 _REFERENCE_BYTES = 2**24
 
 
-def check_mass_eps(op: str, gradient_mass_eps: float | None, hidden: Tensor, needs: Needs) -> None:
-    """Refuse an eps outside (0, 1), a weight or bias that asks for a gradient, and a backend without the product."""
+def check_mass_eps(gradient_mass_eps: float | None, needs: Needs) -> None:
+    """Refuse an eps outside (0, 1), and a weight or bias that asks for a gradient."""
     if gradient_mass_eps is None:
         return
     if isinstance(gradient_mass_eps, bool) or not isinstance(gradient_mass_eps, (int, float)):
@@ -28,11 +28,6 @@ def check_mass_eps(op: str, gradient_mass_eps: float | None, hidden: Tensor, nee
             f"gradient_mass_eps bounds the gradient of hidden states alone, but {name} requires one too: "
             f"freeze it ({name}.requires_grad_(False)), or leave gradient_mass_eps None"
         )
-    if backend.select(op, hidden) == "triton":
-        raise ValueError(
-            'gradient_mass_eps is served by backends "native" (CPU) and "reference", not by "triton": '
-            "leave it None on CUDA"
-        )
 
 
 def sparse_hidden_product(
@@ -43,6 +38,11 @@ def sparse_hidden_product(
     The reference drops the most, all that are under :func:`reference.mass_threshold`; the native product drops at
     least what 32 steps between powers of ``V^(1/8)`` tell apart, and nothing of a row that keeps over V / 8.
     """
+    if kind == "triton":
+        raise ValueError(
+            'gradient_mass_eps is served by backends "native" (CPU) and "reference", not by "triton": '
+            "leave it None on CUDA"
+        )
     if kind == "native":
         return _native_product(residual_nV, weight_VD, mass_eps, upcast_bytes)
     scale = HALF_RESIDUAL_SCALE if residual_nV.dtype == torch.float16 else 1.0
