@@ -21,7 +21,9 @@ def check_mass_eps(gradient_mass_eps: float | None, needs: Needs) -> None:
     if isinstance(gradient_mass_eps, bool) or not isinstance(gradient_mass_eps, (int, float)):
         raise TypeError(f"gradient_mass_eps must be a number or None, not {type(gradient_mass_eps).__name__}")
     if not 0.0 < gradient_mass_eps < 1.0:
-        raise ValueError(f"gradient_mass_eps must be in (0, 1), or None for the exact gradient, not {gradient_mass_eps}")
+        raise ValueError(
+            f"gradient_mass_eps must be in (0, 1), or None for the exact gradient, not {gradient_mass_eps}"
+        )
     if needs.weight or needs.bias:
         name = "weight" if needs.weight else "bias"
         raise ValueError(

@@ -35,9 +35,7 @@ def assert_within_bound(backend, hidden, weight, labels, eps, **options):
     """Each row of the gradient within the bound, and the rounding of G and of the result, of the exact one."""
     upstream = torch.linspace(-2, 3, len(labels))
     logp, exact = hidden_gradient(backend, hidden, weight, labels, upstream, **options)
-    sparse_logp, sparse = hidden_gradient(
-        backend, hidden, weight, labels, upstream, gradient_mass_eps=eps, **options
-    )
+    sparse_logp, sparse = hidden_gradient(backend, hidden, weight, labels, upstream, gradient_mass_eps=eps, **options)
     assert torch.equal(sparse_logp, logp)
     scale = abs(options.get("logit_scale", 1.0)) / options.get("temperature", 1.0)
     longest = weight.double().norm(dim=1).max()
