@@ -28,6 +28,8 @@ from reprdpo import ops
 # The long and the wide shapes are measured in the dtype they are trained in.
 IN_BOTH = [(name, dtype) for name in SHAPES for dtype in DTYPES if dtype == "bfloat16" or name in ("cpu", "llama2-7b")]
 SHORT = [(name, dtype) for name, dtype in IN_BOTH if name in ("cpu", "llama2-7b")]
+# Mean entropy in nats to the standard deviation of the logits that has it, at 32000 words.
+SHARPNESS = {0.5: 17.7, 1.5: 7.75, 3.0: 4.97}
 implementations = pytest.mark.parametrize("implementation", TOKEN_LOGPS)
 
 
@@ -83,6 +85,42 @@ def test_both_gradients_random_states(benchmark: BenchmarkFixture, implementatio
 @pytest.mark.parametrize(("name", "dtype"), IN_BOTH)
 def test_head_frozen(benchmark: BenchmarkFixture, implementation: str, name: str, dtype: str) -> None:
     measure_gradients(benchmark, implementation, name, dtype, upstream=1.0, peaked=True, frozen=True)
+
+
+@pytest.mark.parametrize("eps", [None, 2**-9])
+@pytest.mark.parametrize("entropy", SHARPNESS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_frozen_mass_eps(benchmark: BenchmarkFixture, dtype: str, entropy: float, eps: float | None) -> None:
+    """Where few columns hold the mass beside the label: logits of one standard deviation, labels drawn from them."""
+    if "cpu" not in SHAPES:
+        pytest.skip("gradient_mass_eps has no CUDA kernel")
+    shape = SHAPES["cpu"]
+
+    def sharp_inputs(seed: int) -> list[Any]:
+        hidden, weight_VD, labels_ST, scored_n = make_inputs(shape, torch.float32, peaked=False, frozen=True, seed=seed)
+        hidden = hidden.detach() * SHARPNESS[entropy]
+        p_nV = (hidden.flatten(0, 1)[scored_n] @ weight_VD.T).softmax(1)
+        generator = torch.Generator().manual_seed(seed)
+        labels_ST.view(-1)[scored_n] = torch.multinomial(p_nV, 1, generator=generator).squeeze(1)
+        return [hidden.to(DTYPES[dtype]).requires_grad_(), weight_VD.to(DTYPES[dtype]), labels_ST, scored_n]
+
+    benchmark.group = f"linear_logprob, head frozen, gradient_mass_eps, cpu, {dtype}, logits drawn, {entropy} nats"
+    measure(
+        benchmark,
+        gradients(ours(shape, gradient_mass_eps=eps), (0,), 1.0),
+        sharp_inputs,
+        oracle=in_float64(gradients(ours(shape), (0,), 1.0)),
+        max_error=MAX_GRADIENT_ERROR[dtype] + (eps or 0),
+        work=shape.work(DTYPES[dtype], matmuls=2),
+        dtype=DTYPES[dtype],
+        device=DEVICE,
+        peer=False,
+        implementation="reprdpo" if eps is None else f"reprdpo, eps {eps:g}",
+        shape=shape.sizes(),
+        upstream=1.0,
+        oracle_key=("logprob drawn", dtype, entropy),
+        needs_bytes=shape.needs_bytes(DTYPES[dtype]),
+    )
 
 
 @implementations

@@ -95,9 +95,10 @@ TokenLogps = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Hidden states, weight, labels and index of the scored tokens to their log-probs [n]."""
 
 
-def ours(shape: HeadShape) -> TokenLogps:
+def ours(shape: HeadShape, gradient_mass_eps: float | None = None) -> TokenLogps:
     def run(hidden_STD: Tensor, weight_VD: Tensor, labels_ST: Tensor, scored_n: Tensor) -> Tensor:
-        logps_ST = ops.linear_logprob(hidden_STD, weight_VD, labels_ST, softcap=shape.softcap, scored_index=scored_n)
+        options: dict[str, Any] = {"softcap": shape.softcap, "gradient_mass_eps": gradient_mass_eps}
+        logps_ST = ops.linear_logprob(hidden_STD, weight_VD, labels_ST, scored_index=scored_n, **options)
         assert isinstance(logps_ST, Tensor)
         return logps_ST[:, shape.length // 2 :].flatten()
 

@@ -34,6 +34,8 @@ STABLE_TORCH_LIBRARY(reprdpo_native, library) {
       "-> ()");
   library.def("residual_hidden_grad(Tensor residual, Tensor weight, Tensor scale, Tensor(a!) out) -> ()");
   library.def(
+      "sparse_residual_product(Tensor residual, Tensor weight, float mass) -> (Tensor product, Tensor kept)");
+  library.def(
       "token_residual(Tensor(a!) logits, Tensor labels, Tensor? bias, float logit_scale, float? softcap, "
       "float temperature, ScalarType? residual_dtype, bool entropy, bool stats) "
       "-> (Tensor logp, Tensor row_stats, Tensor entropy, Tensor top1, Tensor mean_logit, Tensor residual)");
@@ -56,6 +58,7 @@ STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CPU, library) {
   library.impl("linear_token_residual", TORCH_BOX(&reprdpo::linear_token_residual_cpu));
   library.impl("residual_weight_grad", TORCH_BOX(&reprdpo::residual_weight_grad_cpu));
   library.impl("residual_hidden_grad", TORCH_BOX(&reprdpo::residual_hidden_grad_cpu));
+  library.impl("sparse_residual_product", TORCH_BOX(&reprdpo::sparse_residual_product_cpu));
   library.impl("token_residual", TORCH_BOX(&reprdpo::token_residual_cpu));
   library.impl("logprob", TORCH_BOX(&reprdpo::logprob_cpu));
   library.impl("logprob_backward", TORCH_BOX(&reprdpo::logprob_backward_cpu));

@@ -46,6 +46,8 @@ void residual_weight_grad_cpu(Tensor residual, Tensor hidden, Tensor scale, Tens
 
 void residual_hidden_grad_cpu(Tensor residual, Tensor weight, Tensor scale, Tensor out);
 
+std::tuple<Tensor, Tensor> sparse_residual_product_cpu(Tensor residual, Tensor weight, double mass);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_residual_cpu(
     Tensor logits, Tensor labels, std::optional<Tensor> bias, double logit_scale,
     std::optional<double> softcap, double temperature, std::optional<ScalarType> residual_dtype, bool entropy,

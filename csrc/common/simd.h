@@ -103,6 +103,8 @@ struct Vec {
   static Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
     return {_mm512_mask_mov_ps(no.value, _mm512_cmp_ps_mask(a.value, b.value, _CMP_LT_OQ), yes.value)};
   }
+  // A bit for each place where a < b does not hold, NaN included.
+  static uint32_t not_less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.value, b.value, _CMP_NLT_UQ); }
   Vec round() const { return {_mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   Vec magnitude() const { return {_mm512_abs_ps(value)}; }
   // value 2^n for whole n in [-126, 127].
@@ -148,6 +150,9 @@ struct Vec {
   static Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.value, b.value)}; }
   static Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
     return {_mm256_blendv_ps(no.value, yes.value, _mm256_cmp_ps(a.value, b.value, _CMP_LT_OQ))};
+  }
+  static uint32_t not_less(Vec a, Vec b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.value, b.value, _CMP_NLT_UQ)));
   }
   Vec round() const { return {_mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   Vec magnitude() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), value)}; }
@@ -202,6 +207,11 @@ struct Vec {
   }
   static Vec select_less(const Vec& a, const Vec& b, const Vec& yes, const Vec& no) {
     return each([&](int i) { return a.value[i] < b.value[i] ? yes.value[i] : no.value[i]; });
+  }
+  static uint32_t not_less(const Vec& a, const Vec& b) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kWidth; ++i) bits |= static_cast<uint32_t>(!(a.value[i] < b.value[i])) << i;
+    return bits;
   }
   // Added to 1.5 2^23, a number of magnitude under 2^22 loses what follows the point.
   Vec round() const {

@@ -23,6 +23,7 @@ from reprdpo.ops.head_tiles import (
     tile_cost,
 )
 from reprdpo.ops.reference import HALF_RESIDUAL_SCALE, Head, TokenResidual
+from reprdpo.ops.sparse_product import sparse_hidden_product
 
 # Fewer rows at once than this, and reading the weight for every tile costs more than making logits twice.
 _FEW_ROWS = 128
@@ -166,8 +167,9 @@ def head_forward(
     entropy: bool,
     stats: bool,
     max_tile_bytes: int | None,
+    gradient_mass_eps: float | None = None,
 ) -> HeadForward:
-    """One matmul over the scored rows; a second where hidden states alone ask for a gradient."""
+    """One matmul over the scored rows; a second, or a sparse one, where hidden states alone ask for a gradient."""
     num_rows = planned_rows(labels_N, scored_index)
     plan = plan_head(kind, hidden_ND, head, num_rows, needs, entropy=entropy, max_tile_bytes=max_tile_bytes)
     no_residual = plan._replace(keep="nothing") if plan.keep == "residual" else plan
@@ -196,7 +198,11 @@ def head_forward(
         if kept is not None:
             kept.put(rows, tile.residual)
         if plan.keep == "rows":
-            out.hidden_rows[rows] = hidden_product(tile.residual, head.weight, plan.upcast_bytes)
+            product = tile.residual, head.weight
+            if gradient_mass_eps is None:
+                out.hidden_rows[rows] = hidden_product(*product, plan.upcast_bytes)
+            else:
+                out.hidden_rows[rows] = sparse_hidden_product(kind, *product, gradient_mass_eps, plan.upcast_bytes)
 
     with exact_matmuls(hidden_ND.device):
         for rows in even_tiles(index_R.shape[0], plan.rows):

@@ -12,6 +12,7 @@ from reprdpo.ops import backend, checks
 from reprdpo.ops.head_schedule import fake_forward, find_scored, head_backward, head_forward
 from reprdpo.ops.head_tiles import Needs, select_head
 from reprdpo.ops.reference import Head
+from reprdpo.ops.sparse_product import check_mass_eps
 
 backend.declare("linear_logprob", cpu=("native",), cuda=("triton",))
 
@@ -39,6 +40,7 @@ def linear_logprob(
     return_stats: bool = False,
     scored_index: Tensor | None = None,
     max_tile_bytes: int | None = None,
+    gradient_mass_eps: float | None = None,
 ) -> Tensor | LinearLogprob:
     """Log-probability of each label under ``softmax(z)``, without holding the logits of more than a tile of rows.
 
@@ -51,6 +53,14 @@ def linear_logprob(
     Matmuls over the scored rows: one without gradients; two with weight and bias frozen, which keeps ``G W``, the size
     of those rows; three where G, in the inputs' dtype, fits ``max_tile_bytes`` and is kept; else four, tiles of G made
     again in the backward. A gradient of the entropy takes the last way always.
+
+    With ``gradient_mass_eps`` and a frozen head the second matmul is a sparse one: of each row of G, rounded to the
+    inputs' dtype, columns are left out whose ``|G_ij|`` sum to at most eps. The log-probs stay exact, and
+
+    ``||dH_i - exact dH_i|| <= eps |c_i| (1 - p_y) (|logit_scale| / temperature) max_j ||W_j||``,
+
+    a softcap included. The more of 1 - p_y a few columns hold, the faster; a row that needs more than V / 8 of them is
+    multiplied whole.
 
     Args:
         hidden: ``[..., D]`` float32, bfloat16, float16 or float64. Under autocast, hidden and weight (alone) take its
@@ -67,6 +77,10 @@ def linear_logprob(
         max_tile_bytes: bound on logits, what is made of them, and upcast blocks of a half-precision weight, all
             alive at once (gradients not counted); default 256 MiB on the CPU, and on CUDA the larger of 1 GiB and 1/32
             of the device's memory.
+        gradient_mass_eps: None for the exact gradient, or the part of a row's gradient mass, in (0, 1), that hidden
+            states may lose. Weight and bias must not require a gradient (there the bound would hold for the whole
+            matrix, not for each row, which Adam would amplify). The reference backend drops the most columns the bound
+            allows, the native one may keep more, and Triton refuses it. A gradient of the entropy is exact.
 
     Returns:
         ``[...]`` float32 (float64 from float64), or :class:`LinearLogprob` where entropy or stats are asked for. A
@@ -80,6 +94,8 @@ def linear_logprob(
     checks.check_shape("labels", labels, hidden.shape[:-1], meaning="hidden's without D")
     check_scored_index(scored_index, labels)
     hidden, weight = as_autocast_would(hidden, weight)
+    needs = gradient_needs(hidden, weight, bias)
+    check_mass_eps(gradient_mass_eps, needs)
     flat_labels_N = labels.reshape(-1).long()
     if scored_index is None:
         scored_index = find_scored(flat_labels_N, ignore_index)
@@ -96,7 +112,8 @@ def linear_logprob(
         return_entropy,
         return_stats,
         max_tile_bytes,
-        *gradient_needs(hidden, weight, bias),
+        *needs,
+        None if gradient_mass_eps is None else float(gradient_mass_eps),
     )
     logprob = logp_N.reshape(labels.shape)
     if not (return_entropy or return_stats):
@@ -207,6 +224,7 @@ def _linear_logprob(
     hidden_grad: bool,
     weight_grad: bool,
     bias_grad: bool,
+    gradient_mass_eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return head_forward(
         select_head("linear_logprob", hidden, weight),
@@ -219,6 +237,7 @@ def _linear_logprob(
         entropy=return_entropy,
         stats=return_stats,
         max_tile_bytes=max_tile_bytes,
+        gradient_mass_eps=gradient_mass_eps,
     )
 
 
@@ -239,6 +258,7 @@ def _(
     hidden_grad: bool,
     weight_grad: bool,
     bias_grad: bool,
+    gradient_mass_eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return fake_forward(
         select_head("linear_logprob", hidden, weight),
@@ -324,7 +344,7 @@ def empty_gradients(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, scored_index, *constants, _, _, max_tile_bytes, _, _, _ = inputs
+    hidden, weight, bias, labels, scored_index, *constants, _, _, max_tile_bytes, _, _, _, _ = inputs
     _, entropy, top1, mean_logit, row_stats, residual, hidden_rows = output
     ctx.save_for_backward(hidden, weight, bias, labels, scored_index, entropy, row_stats, residual, hidden_rows)
     ctx.constants = (*constants, max_tile_bytes)
@@ -338,9 +358,9 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
     if not ctx.has_entropy:
         grad_entropy = None
     if grad_logp is None and grad_entropy is None:
-        return (None,) * 15
+        return (None,) * 16
     grads = _linear_logprob_backward(grad_logp, grad_entropy, *ctx.saved_tensors, *ctx.constants, *needs)
-    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 12)
+    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 13)
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_save)

@@ -33,6 +33,7 @@ from reprdpo.ops.linear_logprob import (
 from reprdpo.ops.pair_schedule import kept_dtype, pair_forward
 from reprdpo.ops.preference_loss import check_loss, check_references, confidence_per_pair
 from reprdpo.ops.reference import Head, PairBatch
+from reprdpo.ops.sparse_product import check_mass_eps
 
 backend.declare("linear_preference_loss", cpu=("native",), cuda=("triton",))
 
@@ -80,6 +81,7 @@ def linear_preference_loss(
     reduction: Literal["mean", "sum", "none"] = "mean",
     return_stats: bool = False,
     max_tile_bytes: int | None = None,
+    gradient_mass_eps: float | None = None,
 ) -> LinearPreferenceLoss:
     """:func:`linear_logprob`, summed by sequence, into :func:`preference_loss`; see there for the formulas.
 
@@ -104,7 +106,7 @@ def linear_preference_loss(
             within its sequence, whose tokens must lie side by side where packed. The first label is not scored.
         reduction: over pairs; the mean of no pairs is 0.
         return_stats: also return :class:`SequenceStats`, from the same pass.
-        logit_scale, softcap, temperature, ignore_index, max_tile_bytes: as ``linear_logprob``.
+        logit_scale, softcap, temperature, ignore_index, max_tile_bytes, gradient_mass_eps: as ``linear_logprob``.
 
     Returns:
         :class:`LinearPreferenceLoss`; ``loss`` is a scalar, or ``[P]`` for "none".
@@ -122,6 +124,8 @@ def linear_preference_loss(
     confidence_P = confidence_per_pair(confidence, hidden, pairs)
     check_scored_index(scored_index, labels)
     hidden, weight = as_autocast_would(hidden, weight)
+    needs = gradient_needs(hidden, weight, bias)
+    check_mass_eps(gradient_mass_eps, needs)
     labels_N = labels.reshape(-1).long()
     if shift:
         labels_N = _next_labels(labels_N, sequence_ids_N, ignore_index)
@@ -149,7 +153,8 @@ def linear_preference_loss(
         ignore_index,
         return_stats,
         max_tile_bytes,
-        *gradient_needs(hidden, weight, bias),
+        *needs,
+        None if gradient_mass_eps is None else float(gradient_mass_eps),
     )
     stats = SequenceStats(*stats_3S.unbind()) if return_stats else None
     return LinearPreferenceLoss(loss, logp_S[:pairs], logp_S[pairs:], reward_S[:pairs], reward_S[pairs:], stats)
@@ -293,7 +298,8 @@ _NEEDS = "bool hidden_grad, bool weight_grad, bool bias_grad"
 @torch.library.custom_op(
     "reprdpo::linear_preference_loss",
     mutates_args=(),
-    schema=f"({_INPUTS}, bool return_stats, int? max_tile_bytes, {_NEEDS}) -> ({', '.join(['Tensor'] * 11)})",
+    schema=f"({_INPUTS}, bool return_stats, int? max_tile_bytes, {_NEEDS}, "
+    f"float? gradient_mass_eps=None) -> ({', '.join(['Tensor'] * 11)})",
 )
 def _linear_preference_loss(
     hidden: Tensor,
@@ -320,6 +326,7 @@ def _linear_preference_loss(
     hidden_grad: bool,
     weight_grad: bool,
     bias_grad: bool,
+    gradient_mass_eps: float | None = None,
 ) -> tuple[Tensor, ...]:
     """Loss; log-probs, rewards and slopes [S]; stats [3, S] or empty; what :class:`HeadForward` keeps for the backward;
     and where the plan is "pairs", the gradients for an upstream gradient of 1."""
@@ -352,6 +359,7 @@ def _linear_preference_loss(
             entropy=return_stats,
             stats=return_stats,
             max_tile_bytes=max_tile_bytes,
+            gradient_mass_eps=gradient_mass_eps,
         )
     token_stats = (tokens.entropy, tokens.top1, tokens.mean_logit) if return_stats else ()
     terms = _sequence_terms(kind, tokens.logp, sequence_ids, labels, options, ignore_index, token_stats)
@@ -374,7 +382,7 @@ def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, _: Tensor, scored_index: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     num_sequences, reduction, logit_scale, softcap, temperature = rest[3], *rest[8:12]
-    return_stats, max_tile_bytes, *flags = rest[13:]
+    return_stats, max_tile_bytes, *flags = rest[13:18]
     kind = select_head("linear_preference_loss", hidden, weight)
     head, needs = Head(weight, bias, logit_scale, softcap, temperature), Needs(*flags)
     plan = _plan(
@@ -481,7 +489,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
     if any(missing):
         again = _linear_preference_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.constants, *missing)
         grads = [new if absent else old for old, new, absent in zip(grads, again, missing, strict=True)]
-    return (*grads, *[None] * 21)
+    return (*grads, *[None] * 22)
 
 
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype | None) -> Tensor:

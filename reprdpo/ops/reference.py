@@ -302,6 +302,15 @@ def residual_scale(
     return scale_N.masked_fill((labels_N < 0) | (labels_N >= vocabulary), torch.nan)
 
 
+def mass_threshold(residual_NV: Tensor, mass: float) -> Tensor:
+    """The largest tau [N] for which the ``|G_ij| < tau`` of a row sum to at most ``mass``; a NaN is under none."""
+    size_NV = residual_NV.abs().double().sort(1).values
+    over_NV = size_NV.cumsum(1) > mass
+    first_N1 = over_NV.int().argmax(1, keepdim=True)
+    threshold_N1 = size_NV.gather(1, first_N1).masked_fill_(~over_NV.any(1, keepdim=True), torch.inf)
+    return threshold_N1.squeeze(1).to(compute_dtype(residual_NV))
+
+
 def token_logprob(logits_NV: Tensor, labels_N: Tensor, *, entropy: bool = False) -> TokenLogprob:
     """``log p_y = -log1p(S_-y exp(m - z_y))``, m = max z, S_-y = sum over j != y of exp(z_j - m).
 
