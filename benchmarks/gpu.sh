@@ -20,7 +20,8 @@ tests|4|
 sanitize|6|
 ceilings|1|bench_ceilings*.py
 probe|2|bench_probe*.py
-logprob|7|bench_*logprob*.py bench_*linear_preference*.py bench_preference*.py
+logprob|7|bench_*logprob*.py
+preference|8|bench_*preference*.py
 svm|2|bench_*svm*.py
 overhead|7|bench_overhead*.py
 step|6|bench_*step*.py'

@@ -214,7 +214,7 @@ class TransformersEngine:
         input_ids, mask = _left_padded(prompts, pad_id, device)
         prompt_length = input_ids.shape[1]
         position_ids = (mask.cumsum(-1) - 1).clamp_(min=0)
-        cache = _growing_cache(self.model, prompt_length + steps)
+        cache = growing_cache(self.model, prompt_length + steps)
         logits = self._forward(input_ids, mask, position_ids, cache)
         if not bool(logits.logsumexp(-1).isfinite().all()):  # a masked token's -inf is fine
             raise UserError("the model's logits are not finite; train it again at a lower learning rate")
@@ -313,7 +313,8 @@ class _GrowingLayer(DynamicLayer):
         return roomy
 
 
-def _growing_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
+def growing_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
+    """A cache with room for ``capacity`` tokens, where the model's layers allow it (full attention)."""
     cache = DynamicCache(config=model.config)
     cache.layers = [_GrowingLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
