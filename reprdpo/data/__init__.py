@@ -1,6 +1,7 @@
 """Preference data: one schema, readers, tokenisation, collators, the sandbox world."""
 
 from reprdpo.data.collate import IGNORE_INDEX, PreferenceCollator, ResponseCollator, length_grouped_batches
+from reprdpo.data.packing import Layout, PackingCollator, pair_tokens
 from reprdpo.data.readers import load_preferences, load_prompts, load_responses
 from reprdpo.data.schema import Message, Text, in_kind, is_empty
 from reprdpo.data.tokenize import (
@@ -18,7 +19,9 @@ from reprdpo.data.tokenize import (
 
 __all__ = [
     "IGNORE_INDEX",
+    "Layout",
     "Message",
+    "PackingCollator",
     "PreferenceCollator",
     "PromptTooLongError",
     "ResponseCollator",
@@ -32,6 +35,7 @@ __all__ = [
     "load_preferences",
     "load_prompts",
     "load_responses",
+    "pair_tokens",
     "render_prompt",
     "tokenize_pair",
     "tokenize_preferences",

@@ -38,11 +38,10 @@ class _Padding:
     def _pad(self, sequences: Sequence[Any], starts: Sequence[int]) -> dict[str, Tensor]:
         if not sequences:
             raise ValueError("no rows to collate")
+        check_starts(starts, [len(ids) for ids in sequences])
         flat = torch.from_numpy(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences]))
         length_S1 = torch.tensor([[len(ids)] for ids in sequences])
         start_S1 = torch.tensor([[int(start)] for start in starts])
-        if not ((start_S1 >= 1) & (start_S1 < length_S1)).all():
-            raise ValueError("a response start is outside [1, length): a response needs a context and a token")
         multiple = self.pad_to_multiple_of or 1
         padded = -(-int(length_S1.max()) // multiple) * multiple
         offset_S1 = padded - length_S1 if self.padding_side == "left" else torch.zeros_like(length_S1)
@@ -80,11 +79,15 @@ class PreferenceCollator(_Padding):
             [row[f"{name}_input_ids"] for name in ("chosen", "rejected") for row in rows],
             [row[f"{name}_response_start"] for name in ("chosen", "rejected") for row in rows],
         )
-        batch["pair_id"] = torch.tensor([int(row["pair_id"]) for row in rows])
+        return batch | self.pair_columns(rows)
+
+    def pair_columns(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """What a batch holds for each of its pairs, whatever its layout."""
+        columns = {"pair_id": torch.tensor([int(row["pair_id"]) for row in rows])}
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in rows[0]:
-                batch[name] = torch.tensor([float(row[name]) for row in rows], dtype=torch.float32)
-        return batch
+                columns[name] = torch.tensor([float(row[name]) for row in rows], dtype=torch.float32)
+        return columns
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,15 @@ class ResponseCollator(_Padding):
         if "row_id" in rows[0]:
             batch["row_id"] = torch.tensor([int(row["row_id"]) for row in rows])
         return batch
+
+
+def check_starts(starts: Sequence[int], lengths: Sequence[int]) -> None:
+    """
+    Raises:
+        ValueError: a response start outside [1, length).
+    """
+    if not all(1 <= int(start) < length for start, length in zip(starts, lengths, strict=True)):
+        raise ValueError("a response start is outside [1, length): a response needs a context and a token")
 
 
 def length_grouped_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -132,6 +132,15 @@ class ReprDPOConfig(ConfidenceConfig, BaseConfig):
         None, f"Pairs per device and batch (default {DEFAULTS['per_device_train_batch_size']})."
     )
     loss_type: str = _help("sigmoid", f"The pair loss: {', '.join(PAIR_LOSSES)} (reprdpo.ops.preference_loss).")
+    packing: Literal["auto", "prefix", "varlen", "padded"] = _help(
+        "auto",
+        "How pairs lie in a batch: prefix (the prompt once, several pairs a row), varlen (sequences end to end, by "
+        "flash attention), or padded; auto: what its lengths make cheapest of those that the model can be served.",
+    )
+    max_row_tokens: int = _help(4096, "Longest row of packing=prefix; its attention mask has its square in bytes.")
+    attn_implementation: str | None = _help(
+        None, "The policy's attention: sdpa, eager, flex_attention, flash_attention_2, ... (default: as it was loaded)."
+    )
     precompute_ref_batch_size: int = _help(16, "Sequences a batch when reference log-probs are computed.")
     reference_cache_dir: str | None = _help(
         None, "Where reference log-probs are cached by content (default: OUTPUT_DIR/reference)."
@@ -155,6 +164,9 @@ class ReprDPOConfig(ConfidenceConfig, BaseConfig):
             noise_known = self.confidence_source == "fixed" and self.fixed_confidence > 0.5
             _check(noise_known, "loss_type", "robust", "a fixed confidence over 0.5 with it")
         _check(math.isfinite(self.beta) and self.beta > 0, "beta", self.beta, "a positive number")
+        packings = ("auto", "prefix", "varlen", "padded")
+        _check(self.packing in packings, "packing", self.packing, f"one of {', '.join(packings)}")
+        _check(self.max_row_tokens >= 1, "max_row_tokens", self.max_row_tokens, "an integer of at least 1")
         _check(0 <= self.fixed_confidence <= 1, "fixed_confidence", self.fixed_confidence, "a number from 0 to 1")
         batch = self.precompute_ref_batch_size
         _check(batch >= 1, "precompute_ref_batch_size", batch, "an integer of at least 1")

@@ -5,7 +5,7 @@ one step of Eq. 7 from the same R, so gamma of a batch never comes from a reward
 accumulation a "batch" is what one optimizer step sees: R is updated once, at its last micro-batch, from the rewards of
 all of them, so that accumulating and a larger batch are the same training.
 
-Shape suffixes: P pairs, S = 2P sequences (all chosen, then all rejected), T padded length, L layers, D hidden size.
+Shape suffixes: P pairs, S = 2P sequences (all chosen, then all rejected), B rows of T tokens, L layers, D hidden size.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from reprdpo import costs, files, ops
-from reprdpo.data import PreferenceCollator, tokenize_preferences
+from reprdpo.data import PackingCollator, PreferenceCollator, tokenize_preferences
 from reprdpo.errors import UserError
 from reprdpo.heads import HeadSpec, check_head, run_at_head
 from reprdpo.ops import LinearPreferenceLoss
@@ -28,6 +28,15 @@ from reprdpo.reward import HiddenStateTap, HybridReward, RewardUpdater
 from reprdpo.training.base import BaseTrainer, autocast_dtype, padding_id
 from reprdpo.training.checkpoint import load_state, save_state
 from reprdpo.training.config import ReprDPOConfig
+from reprdpo.training.layout import (
+    check_pair_lengths,
+    indexed_states,
+    loss_inputs,
+    mean_over_tokens,
+    model_inputs,
+    packing_collator,
+    set_attention,
+)
 from reprdpo.training.metrics import HISTOGRAM_FILE, ConfidenceHistogram, MetricWindow
 from reprdpo.training.reference import reference_logps
 
@@ -87,15 +96,21 @@ class ReprDPOTrainer(BaseTrainer):
         if reward is not None:
             reward.check_base(model, allow_descendant=args.allow_reward_descendant)
         check_head(model)
+        padded = PreferenceCollator(padding_id(processing_class, model))
         super().__init__(
             model=model,
             args=args,
-            data_collator=PreferenceCollator(padding_id(processing_class, model)),
+            data_collator=padded,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             **kwargs,
+        )
+        if args.attn_implementation is not None:
+            set_attention(self.model, args.attn_implementation)
+        self.data_collator: PackingCollator = packing_collator(
+            self.model, padded, packing=args.packing, max_row_tokens=args.max_row_tokens
         )
         self._reference = ref_model
         self._needs_reference = PAIR_LOSSES[args.loss_type].needs_reference
@@ -119,34 +134,26 @@ class ReprDPOTrainer(BaseTrainer):
         """The mean loss over the batch's pairs, Eq. 5 with gamma from Eq. 8 or fixed."""
         scored: list[_Hybrid] = []
 
-        def loss_at_head(hidden_STD: Tensor, head: HeadSpec) -> LinearPreferenceLoss:
+        def loss_at_head(hidden_BTD: Tensor, head: HeadSpec) -> LinearPreferenceLoss:
             confidence: float | Tensor = self.args.fixed_confidence
             if self.reward is not None:
                 timed = self.costs.reward if model.training else contextlib.nullcontext()
-                with timed, torch.autocast(hidden_STD.device.type, enabled=False):
-                    scored.append(self._score(self.reward, tap.states, inputs))
+                with timed, torch.autocast(hidden_BTD.device.type, enabled=False):
+                    scored.append(self._score(self.reward, indexed_states(tap.states, inputs), inputs))
                 if self.args.confidence_source == "reward":
                     confidence = scored[0].confidence
             return ops.linear_preference_loss(
-                hidden_STD,
-                labels=inputs["labels"],
+                **loss_inputs(hidden_BTD, inputs),
                 ref_chosen_logp=inputs.get("ref_chosen_logps"),
                 ref_rejected_logp=inputs.get("ref_rejected_logps"),
                 beta=self.args.beta,
                 confidence=confidence,
                 loss_type=self.args.loss_type,
-                scored_index=inputs["scored_index"],
                 **head._asdict(),
             )
 
         with HiddenStateTap(model) as tap:
-            result = run_at_head(
-                model,
-                loss_at_head,
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                use_cache=False,
-            )
+            result = run_at_head(model, loss_at_head, **model_inputs(model, inputs))
         hybrid = scored[0] if scored else None
         self._record(result, hybrid, training=model.training)
         return (result.loss, {"loss": result.loss}) if return_outputs else result.loss
@@ -180,6 +187,7 @@ class ReprDPOTrainer(BaseTrainer):
             if self.processing_class is None:
                 raise UserError(f"processing_class: {what} is text; pass the tokenizer")
             dataset = tokenize_preferences(dataset, self.processing_class, self.args.tokenize_config(), where=what)
+        check_pair_lengths(self.data_collator, dataset, what)
         if not self._needs_reference:
             dataset = dataset.select_columns([name for name in dataset.column_names if not name.startswith("ref_")])
         elif "ref_chosen_logps" not in dataset.column_names:
@@ -204,13 +212,15 @@ class ReprDPOTrainer(BaseTrainer):
         """Gamma from R as it stands, then, in training, R's own step."""
         updater = self._updater if self.model.training else None
         if self.model.training:
-            flop = costs.reward_flop(*reward.probe_weight.shape, sequences=len(states[0]), update=updater is not None)
+            num_sequences = len(inputs["last_token_index"])
+            flop = costs.reward_flop(*reward.probe_weight.shape, sequences=num_sequences, update=updater is not None)
             self.costs.count(flop, "reward")
         index_S: Tensor | None = inputs["last_token_index"]
-        pooled: list[Tensor] | Tensor = [state.detach() for state in states]
+        detached = [state.detach() for state in states]
+        pooled: list[Tensor] | Tensor = detached
         if reward.metadata.pool == "mean":
-            pooled, index_S = _mean_over_tokens(pooled, inputs["attention_mask"]), None
-        options = {
+            pooled, index_S = mean_over_tokens(detached, inputs), None
+        options: dict[str, Any] = {
             "alpha": self.args.alpha_or(reward.alpha),
             "squash": reward.squash if self.args.squash is None else self.args.squash,
             "floor": self.args.confidence_floor,
@@ -222,7 +232,8 @@ class ReprDPOTrainer(BaseTrainer):
             scored = updater.accumulate(pooled, index_S, **options)
             if self.accelerator.sync_gradients:
                 updater.apply()
-        return _Hybrid(*scored.reward.chunk(2), scored.confidence, scored.nll)
+        chosen_P, rejected_P = scored.reward.chunk(2)
+        return _Hybrid(chosen_P, rejected_P, scored.confidence, scored.nll)
 
     def _record(self, result: Any, hybrid: _Hybrid | None, *, training: bool) -> None:
         values = {
@@ -280,10 +291,3 @@ class ReprDPOTrainer(BaseTrainer):
     def _write_histogram(self) -> None:
         if self.args.should_save and self.args.confidence_source == "reward":
             files.write_json(Path(self.args.output_dir) / HISTOGRAM_FILE, self._histogram.to_json())
-
-
-def _mean_over_tokens(states: list[Tensor], attention_mask_ST: Tensor) -> Tensor:
-    """[S, L, D]: each layer's mean over the positions that are not padding, summed in float32."""
-    real_ST1 = attention_mask_ST.bool()[:, :, None]
-    sums = [torch.where(real_ST1, state, 0).sum(1, dtype=torch.float32) for state in states]
-    return torch.stack([(sum_SD / real_ST1.sum(1)).to(states[0].dtype) for sum_SD in sums], dim=1)
