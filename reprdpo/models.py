@@ -134,13 +134,27 @@ def forward_flop(model: nn.Module, tokens: int, scored: int = 0) -> int:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A hash of the parameters' names, shapes and bytes: equal for equal models, whatever their folder is called."""
+    """A hash of the parameters' names, shapes and bytes: equal for equal models, whatever their folder is called.
+
+    Under peft it is that of the base model: adapters do not count.
+    """
     digest = hashlib.sha256()
-    for name, parameter in sorted(unwrap(model).named_parameters()):
+    for name, parameter in _base_parameters(unwrap(model)):
         digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
         flat = parameter.detach().cpu().contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names, as they are without peft, and parameters, in order, without those that peft's wrappers add."""
+    added: set[int] = set()
+    for module in model.modules():
+        for inner in ("base_layer", "original_module"):
+            if isinstance(wrapped := getattr(module, inner, None), nn.Module):
+                added |= {id(p) for p in module.parameters()} - {id(p) for p in wrapped.parameters()}
+    found = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in added]
+    return sorted((name.replace(".base_layer.", ".").replace(".original_module.", "."), p) for name, p in found)
 
 
 def _where(path: str | Path, what: str) -> dict[str, Any]:

@@ -1,18 +1,22 @@
-"""What every trainer here adds to transformers' own: whole checkpoints, no pickled arguments, metrics.jsonl."""
+"""What every trainer here adds to transformers' own: balanced batches, whole checkpoints, metrics.jsonl."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from reprdpo import files, models
 from reprdpo.errors import UserError
+from reprdpo.training.batches import BalancedBatchSampler, BatchLoader, row_lengths
 from reprdpo.training.checkpoint import is_whole, last_checkpoint
 from reprdpo.training.config import BaseConfig
 from reprdpo.training.metrics import MetricsFile, ProgressBar, StepCosts
@@ -20,6 +24,9 @@ from reprdpo.training.metrics import MetricsFile, ProgressBar, StepCosts
 
 class BaseTrainer(Trainer):
     """A :class:`transformers.Trainer` whose subclasses compute a mean loss per batch themselves.
+
+    The loss of an optimizer step is the mean over all its items (pairs, here), whichever process, accumulated batch or
+    forward they came in.
 
     Raises:
         UserError: several GPUs in one process; start one process a GPU instead.
@@ -44,7 +51,7 @@ class BaseTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(ProgressBar())
-        # The losses below are means of a batch: let the Trainer divide them by the accumulation steps.
+        # The losses below are means of a batch, which training_step turns into shares of a mean over the step.
         self.model_accepts_loss_kwargs = False
         self._decoder_size, self._head_size = self._sizes()
 
@@ -64,15 +71,74 @@ class BaseTrainer(Trainer):
         """Add what a step cost since the last log."""
         super().log({**logs, **self.costs.drain()} if "loss" in logs else logs, start_time)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """As the base class, counted."""
-        self.costs.count(self.floating_point_ops(inputs), "policy")
-        return super().training_step(model, inputs, *args, **kwargs)
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches shared out evenly over the processes and split within ``max_tokens_per_device``."""
+        lengths = row_lengths(self.train_dataset)
+        if lengths is None:
+            return super().get_train_dataloader()
+        strategy = self.args.train_sampling_strategy
+        sampler = BalancedBatchSampler(
+            lengths[0],
+            self._train_batch_size,
+            sequences=lengths[1],
+            max_tokens=self.args.max_tokens_per_device,
+            num_replicas=self.args.world_size,
+            rank=self.args.process_index,
+            seed=None if strategy == "sequential" else self.args.data_seed,
+            drop_last=self.args.dataloader_drop_last,
+            group_by_length=strategy == "group_by_length",
+        )
+        return BatchLoader(
+            self.train_dataset,
+            sampler,
+            self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The batches of one optimizer step, and how many items they hold on all processes."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        return batches, self._items_everywhere(
+            sum(self.num_items(one) for batch in batches for one in _forwards(batch))
+        )
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Forward and backward over a batch, in one go or in several."""
+        losses, forwards, last_batch = [], _forwards(inputs), self.accelerator.sync_gradients
+        for number, batch in enumerate(forwards, start=1):
+            last = number == len(forwards)
+            self.accelerator.gradient_state._set_sync_gradients(last_batch and last)
+            self.costs.count(self.floating_point_ops(batch), "policy")
+            if num_items_in_batch is not None:
+                # The base class divides the loss by this. Gradients are then averaged over processes.
+                mine = self.num_items(batch) * self.args.world_size
+                self.current_gradient_accumulation_steps = num_items_in_batch / max(mine, 1)
+            # DeepSpeed is told by the flag above.
+            at_once = last or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            with contextlib.nullcontext() if at_once else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, batch, num_items_in_batch, *args, **kwargs))
+        return torch.stack(losses).sum()
+
+    def num_items(self, batch: dict[str, Any]) -> int:
+        """What the loss is a mean over: the pairs of a forward."""
+        return len(batch["pair_id"])
+
+    def _items_everywhere(self, items: int) -> Any:
+        """The sum of ``items`` over all processes, which hold equally many pairs."""
+        return items * self.args.world_size
+
+    def floating_point_ops(self, inputs: Any) -> int:
         """Of forward and backward over a batch: 6 FLOP a token and parameter, the head's on scored tokens only."""
-        scored = inputs["scored_index"].numel() if "scored_index" in inputs else 0
-        return 6 * (self._decoder_size * inputs["input_ids"].numel() + self._head_size * scored)
+        return sum(self._flop(batch) for batch in _forwards(inputs))
+
+    def _flop(self, batch: dict[str, Any]) -> int:
+        scored = batch["scored_index"].numel() if "scored_index" in batch else 0
+        return 6 * (self._decoder_size * batch["input_ids"].numel() + self._head_size * scored)
 
     def _sizes(self) -> tuple[int, int]:
         """The parameters of decoder and head that multiply a token."""
@@ -94,6 +160,11 @@ class BaseTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             files.write_json(folder / "training_args.json", json.loads(self.args.to_json_string()))
+
+
+def _forwards(inputs: Any) -> list[dict[str, Any]]:
+    """The forwards of a batch: what :class:`BatchLoader` gives, or the batch itself from any other loader."""
+    return inputs if isinstance(inputs, list) else [inputs]
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -32,6 +32,9 @@ class BaseConfig(TrainingArguments):
     truncation_mode: Literal["error", "keep_end", "keep_start", "drop"] = _help(
         "error", "What happens to a row over the limits: refuse the data, cut the prompt, or leave the row out."
     )
+    max_tokens_per_device: int | None = _help(
+        None, "Most tokens, padding included, in one forward; larger batches are split, which changes no loss."
+    )
     disable_dropout: bool = _help(True, "Set every dropout probability of the model to 0.")
 
     def __post_init__(self) -> None:
@@ -54,6 +57,8 @@ class BaseConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns: the collators need every column; leave it False")
         _check(self.max_length >= 2, "max_length", self.max_length, "an integer of at least 2")
+        tokens = self.max_tokens_per_device
+        _check(tokens is None or tokens >= 1, "max_tokens_per_device", tokens, "an integer of at least 1, or unset")
         if self.max_prompt_length is not None:
             allowed = 1 <= self.max_prompt_length < self.max_length
             _check(
@@ -137,6 +142,8 @@ class ReprDPOConfig(BaseConfig):
         _check(0 <= self.fixed_confidence <= 1, "fixed_confidence", self.fixed_confidence, "a number from 0 to 1")
         if self.confidence_floor is not None:
             _check(0 <= self.confidence_floor <= 1, "confidence_floor", self.confidence_floor, "a number from 0 to 1")
+        if self.confidence_reduce == "batch" and self.max_tokens_per_device is not None:
+            raise UserError("confidence_reduce: a batch that max_tokens_per_device splits has no gamma; unset one")
         batch = self.precompute_ref_batch_size
         _check(batch >= 1, "precompute_ref_batch_size", batch, "an integer of at least 1")
 
