@@ -11,13 +11,21 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from reprdpo import files, models
 from reprdpo.errors import UserError
 from reprdpo.training.batches import BalancedBatchSampler, BatchLoader, row_lengths
-from reprdpo.training.checkpoint import is_whole, last_checkpoint
+from reprdpo.training.checkpoint import (
+    ARGUMENTS_FILE,
+    check_resumable,
+    is_whole,
+    kind_of,
+    last_checkpoint,
+    load_sharded_model,
+    load_sharded_optimizer,
+)
 from reprdpo.training.config import BaseConfig
 from reprdpo.training.metrics import MetricsFile, ProgressBar, StepCosts
 
@@ -63,6 +71,13 @@ class BaseTrainer(Trainer):
                 raise UserError(f"{self.args.output_dir}: no whole checkpoint to resume from; train without resuming")
         if resume_from_checkpoint and not is_whole(resume_from_checkpoint):
             raise UserError(f"{resume_from_checkpoint}: not a whole checkpoint; resume from an earlier one")
+        if resume_from_checkpoint:
+            check_resumable(
+                str(resume_from_checkpoint),
+                {name: value for name, value in self._arguments().items() if name in self.args.decisive_fields()},
+                fsdp=self.is_fsdp_enabled,
+                deepspeed=self.is_deepspeed_enabled,
+            )
         output = super().train(resume_from_checkpoint or None, *args, **kwargs)
         self.costs.drain()
         return output
@@ -140,6 +155,14 @@ class BaseTrainer(Trainer):
         scored = batch["scored_index"].numel() if "scored_index" in batch else 0
         return 6 * (self._decoder_size * batch["input_ids"].numel() + self._head_size * scored)
 
+    def check_replicas(self, module: nn.Module, what: str) -> None:
+        """Refuse parameters that are not the same, bit for bit, on every process: they would stay apart."""
+        fingerprint = torch.tensor([int(models.model_fingerprint(module)[:15], 16)], device=self.args.device)
+        found = self.accelerator.gather(fingerprint).tolist()
+        if len(set(found)) > 1:
+            odd = next(process for process, value in enumerate(found) if value != found[0])
+            raise UserError(f"{what}: is another one on process {odd} than on process 0; load the same on every process")
+
     def _sizes(self) -> tuple[int, int]:
         """The parameters of decoder and head that multiply a token."""
         return models.matmul_parameters(models.decoder(self.model)), models.output_head(self.model).weight.numel()
@@ -152,14 +175,46 @@ class BaseTrainer(Trainer):
         with files.disk_errors(folder):
             super()._save_checkpoint(model, trial)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole model; within a checkpoint that FSDP writes in shards, only what goes with it."""
+        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            if not _internal_call:
+                self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            elif self.args.should_save:
+                self._save_companions(Path(output_dir or self.args.output_dir))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
         with models.progress_bars(size):
             super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-            files.write_json(folder / "training_args.json", json.loads(self.args.to_json_string()))
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        self._save_companions(folder)
+
+    def _save_companions(self, folder: Path) -> None:
+        """What is written beside the weights, by the main process."""
+        files.write_json(folder / ARGUMENTS_FILE, self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        """The settings as JSON has them, and how many rows an optimizer step takes on all processes."""
+        rows = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return {**json.loads(self.args.to_json_string()), "global_batch_size": rows}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if kind_of(resume_from_checkpoint) == "sharded" and not self.is_fsdp_enabled:
+            load_sharded_model(model or self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or kind_of(checkpoint) != "sharded" or self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_sharded_optimizer(self.model, self.optimizer.optimizer, checkpoint)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
 
 def _forwards(inputs: Any) -> list[dict[str, Any]]:

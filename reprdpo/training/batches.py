@@ -68,8 +68,8 @@ class BalancedBatchSampler(Sampler[Forwards]):
         longest = int(self._lengths.max())
         if max_tokens is not None and longest * sequences > max_tokens:
             raise UserError(
-                f"max_tokens_per_device: {max_tokens} does not hold row {int(self._lengths.argmax())}, {sequences} sequences "
-                f"of up to {longest} tokens; raise it to {longest * sequences} or lower max_length"
+                f"max_tokens_per_device: {max_tokens} does not hold row {int(self._lengths.argmax())}, {sequences} "
+                f"sequences of up to {longest} tokens; raise it to {longest * sequences} or lower max_length"
             )
         self._sequences, self._max_tokens = sequences, max_tokens
         self._num_replicas, self._rank = num_replicas, rank
@@ -159,16 +159,17 @@ class BatchLoader(DataLoader[Any]):
     def __init__(
         self, dataset: Dataset, sampler: BalancedBatchSampler, collate: Callable[[list[Any]], Any], **options: Any
     ) -> None:
+        self._sampler = sampler
         super().__init__(
             _RowsOf(dataset),
-            batch_sampler=sampler,  # type: ignore[arg-type]  # a batch is a list of lists
+            batch_sampler=sampler,
             collate_fn=_EachForward(collate),
             **options,
         )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next."""
-        self.batch_sampler.set_epoch(epoch)
+        self._sampler.set_epoch(epoch)
 
 
 def row_lengths(dataset: Any) -> tuple[Ints, int] | None:

@@ -1,7 +1,7 @@
 """Settings of the trainers: dataclasses that HfArgumentParser reads from the command line or from YAML."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,9 @@ from reprdpo.data import TokenizeConfig
 from reprdpo.errors import UserError
 from reprdpo.ops.reference import PAIR_LOSSES
 from reprdpo.training.presets import DEFAULTS, PRESETS
+
+# Where and how fast, and names for what other fields say.
+_INDECISIVE = {"max_tokens_per_device", "precompute_ref_batch_size", "preset", "reference_cache_dir"}
 
 
 def _help(default: Any, text: str) -> Any:
@@ -52,6 +55,11 @@ class BaseConfig(TrainingArguments):
             max_prompt_length=self.max_prompt_length,
             truncation_mode=self.truncation_mode,
         )
+
+    def decisive_fields(self) -> set[str]:
+        """Names of the settings that decide the course of training, so that a resumed run must keep them."""
+        own = {f.name for f in fields(self)} - {f.name for f in fields(TrainingArguments)}
+        return own - _INDECISIVE | {"global_batch_size", "learning_rate", "optim", "seed", "train_sampling_strategy"}
 
     def _check_fields(self) -> None:
         if self.remove_unused_columns:
