@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,10 @@ class BaseTrainer(Trainer):
             disable_dropout(model)
         self.costs = StepCosts(args.device)
         super().__init__(model=model, args=args, callbacks=[self.costs, MetricsFile(), *(callbacks or [])], **kwargs)
+        # accelerate drops FSDP without a word where it cannot serve it.
+        asked = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if asked and not self.is_fsdp_enabled:
+            raise UserError("fsdp: needs a launcher and GPUs (accelerate shards over no CPUs); leave FSDP out here")
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(ProgressBar())
@@ -161,7 +166,9 @@ class BaseTrainer(Trainer):
         found = self.accelerator.gather(fingerprint).tolist()
         if len(set(found)) > 1:
             odd = next(process for process, value in enumerate(found) if value != found[0])
-            raise UserError(f"{what}: is another one on process {odd} than on process 0; load the same on every process")
+            raise UserError(
+                f"{what}: is another one on process {odd} than on process 0; load the same on every process"
+            )
 
     def _sizes(self) -> tuple[int, int]:
         """The parameters of decoder and head that multiply a token."""

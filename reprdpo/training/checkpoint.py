@@ -1,5 +1,4 @@
-"""Checkpoints: nested state in one safetensors file, which are whole, whose they are, and sharded ones in one process.
-"""
+"""Checkpoints: nested state in one safetensors file, which are whole, whose they are, and sharded ones in one process."""
 
 import json
 import re

@@ -30,6 +30,7 @@ class BaseConfig(TrainingArguments):
     logging_nan_inf_filter: bool = _help(False, "Replace NaN losses in the log; costs a device synchronisation a step.")
     remove_unused_columns: bool = _help(False, "Must stay False: the collators read columns the model does not take.")
     prediction_loss_only: bool = _help(True, "Evaluation returns metrics, not logits.")
+    ddp_find_unused_parameters: bool | None = _help(False, "Whether DDP looks for parameters without a gradient.")
     max_length: int = _help(1024, "Longest sequence of prompt and response, in tokens.")
     max_prompt_length: int | None = _help(None, "Longest prompt, in tokens; unset: limited by max_length alone.")
     truncation_mode: Literal["error", "keep_end", "keep_start", "drop"] = _help(

@@ -7,6 +7,8 @@ import distributed
 import pytest
 import tiny_runs
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from test_trainer import logged
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -31,13 +33,23 @@ def whole(parameter: Tensor) -> Tensor:
     return full.detach().clone()
 
 
+def shard_on_cpus() -> None:
+    """accelerate turns FSDP on for accelerators alone; FSDP2 itself shards over any processes."""
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+
 def train(folder: str, *, resume: bool = False, **settings: Any) -> dict[str, End]:
     """The method's run; policy and reward as they are at its end."""
     reward = tiny_runs.make_reward()
     config = tiny_runs.make_config(folder, **{**STEPS, **settings})
+    if config.fsdp:
+        shard_on_cpus()
     trainer = ReprDPOTrainer(tiny_runs.make_model(), config, train_dataset=tiny_runs.make_pairs(), reward=reward)
+    assert trainer.is_fsdp_enabled == bool(config.fsdp)
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-3" if resume else None)
     trainer.save_model(f"{folder}/model")
+    sharded = [isinstance(p, DTensor) for p in trainer.model.parameters()]
+    assert all(sharded) if config.fsdp else not any(sharded)
     policy = {name.removeprefix("module."): whole(p) for name, p in trainer.model.named_parameters()}
     return {"policy": policy, "reward": {name: whole(p) for name, p in reward.named_parameters()}}
 
@@ -134,7 +146,7 @@ def the_rest(folder: str) -> dict[str, Any]:
     original, reference._CHUNK_TOKENS = reference.batch_logps, 20
     reference.batch_logps = lambda *args: calls.append(1) or original(*args)
     settings = {"pad_token_id": 0, "batch_size": 2, "cache_dir": f"{folder}/reference", "progress": False}
-    found["logps"] = reference_logps(tiny_runs.make_model(), tiny_runs.make_pairs(), **settings)["ref_chosen_logps"]
+    found["logps"] = reference_logps(tiny_runs.make_model(), tiny_runs.make_pairs(), **settings)["ref_chosen_logps"][:]
     found["forwards"] = len(calls)
     torch.distributed.barrier()
     reference_logps(tiny_runs.make_model(), tiny_runs.make_pairs(), **settings)
