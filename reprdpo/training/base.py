@@ -166,9 +166,7 @@ class BaseTrainer(Trainer):
         found = self.accelerator.gather(fingerprint).tolist()
         if len(set(found)) > 1:
             odd = next(process for process, value in enumerate(found) if value != found[0])
-            raise UserError(
-                f"{what}: is another one on process {odd} than on process 0; load the same on every process"
-            )
+            raise UserError(f"{what}: is another one on process {odd} than on process 0; load the same on each")
 
     def _sizes(self) -> tuple[int, int]:
         """The parameters of decoder and head that multiply a token."""
