@@ -1,4 +1,4 @@
-"""Checkpoints: nested state in one safetensors file, which are whole, whose they are, and sharded ones in one process."""
+"""Checkpoints: nested state in one safetensors file, which of them may be resumed, sharded ones in one process."""
 
 import json
 import re

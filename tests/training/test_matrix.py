@@ -14,10 +14,9 @@ from torch import nn
 from reprdpo.reward import HiddenStateTap
 from reprdpo.training import ReprDPOTrainer
 
+NAMES = ("lora", "ckpt", "bf16", "compile")
 CASES = [
-    pytest.param(
-        *case, id="-".join(name for name, on in zip(("lora", "ckpt", "bf16", "compile"), case) if on) or "plain"
-    )
+    pytest.param(*case, id="-".join(itertools.compress(NAMES, case)) or "plain")
     for case in itertools.product((False, True), repeat=4)
 ]
 
