@@ -66,7 +66,8 @@ def main(argv: list[str]) -> None:
     trainer = _trainer(arguments)
     write_json(output / SETTINGS_FILE, settings)
     train_to_end(trainer, output)
-    _print_last(output, as_json=arguments.json)
+    if trainer.is_world_process_zero():
+        _print_last(output, as_json=arguments.json)
 
 
 def _trainer(arguments: argparse.Namespace) -> Trainer:

@@ -121,15 +121,22 @@ def train_to_end(trainer: Trainer, output: Path) -> None:
     """Train, from the last whole checkpoint where there is one; leave ``output/model`` and no checkpoints."""
     if not (output / "model").is_dir():
         trainer.train(resume_from_checkpoint=last_checkpoint(output))
-        keep_model(output, trainer.save_model)
+        keep_model(output, trainer.save_model, main=trainer.is_world_process_zero())
+        trainer.accelerator.wait_for_everyone()
 
 
-def keep_model(output: Path, save: Callable[[str], None]) -> None:
-    """Let ``save`` write ``output/model``, which appears whole or not at all; then drop the checkpoints."""
+def keep_model(output: Path, save: Callable[[str], None], *, main: bool = True) -> None:
+    """Let ``save`` write ``output/model``, which appears whole or not at all; then drop the checkpoints.
+
+    Every process calls this, as each may hold a part of the model; ``main`` is the one that moves files.
+    """
     unfinished = output / "model.unfinished"
     with disk_errors(output):
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if main:
+            shutil.rmtree(unfinished, ignore_errors=True)
         save(str(unfinished))
+        if not main:
+            return
         unfinished.replace(output / "model")
         for checkpoint in output.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)

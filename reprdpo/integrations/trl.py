@@ -273,9 +273,10 @@ class RepresentationDPOTrainer(DPOTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         tokens = self._count_tokens()
+        window = self._windows["train"].state_dict(self.accelerator.gather)
         if not self.args.should_save:
             return
-        state: dict[str, Any] = {"window": self._windows["train"].state_dict(), "tokens": tokens}
+        state: dict[str, Any] = {"window": window, "tokens": tokens}
         if self._confidence is not None:
             state["confidence"] = self._confidence.state_dict()
             self._confidence.write_histogram(self.args.output_dir)
@@ -292,7 +293,8 @@ class RepresentationDPOTrainer(DPOTrainer):
         if not (has_reward or (Path(checkpoint) / STATE_FILE).is_file()):  # a checkpoint of TRL's own trainer
             return
         state = load_state(Path(checkpoint) / STATE_FILE)
-        self._windows["train"].load_state_dict(state["window"], self.args.device)
+        if self.accelerator.is_main_process:  # it holds the sums of all
+            self._windows["train"].load_state_dict(state["window"], self.args.device)
         self._total_train_tokens = state["tokens"]
         if self._confidence is not None:
             self._confidence.load_reward(Path(checkpoint) / REWARD_FOLDER)

@@ -1,25 +1,41 @@
-"""What every trainer here adds to transformers' own: whole checkpoints, no pickled arguments, metrics.jsonl."""
+"""What every trainer here adds to transformers' own: balanced batches, whole checkpoints, metrics.jsonl."""
 
+import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from reprdpo import files, models
 from reprdpo.errors import UserError
-from reprdpo.training.checkpoint import is_whole, last_checkpoint
+from reprdpo.training.batches import BalancedBatchSampler, BatchLoader, row_lengths
+from reprdpo.training.checkpoint import (
+    ARGUMENTS_FILE,
+    check_resumable,
+    is_whole,
+    kind_of,
+    last_checkpoint,
+    load_sharded_model,
+    load_sharded_optimizer,
+)
 from reprdpo.training.config import BaseConfig
 from reprdpo.training.metrics import MetricsFile, ProgressBar, StepCosts
 
 
 class BaseTrainer(Trainer):
     """A :class:`transformers.Trainer` whose subclasses compute a mean loss per batch themselves.
+
+    The loss of an optimizer step is the mean over all its items (pairs, here), whichever process, accumulated batch or
+    forward they came in.
 
     Raises:
         UserError: several GPUs in one process; start one process a GPU instead.
@@ -41,10 +57,14 @@ class BaseTrainer(Trainer):
             disable_dropout(model)
         self.costs = StepCosts(args.device)
         super().__init__(model=model, args=args, callbacks=[self.costs, MetricsFile(), *(callbacks or [])], **kwargs)
+        # accelerate drops FSDP without a word where it cannot serve it.
+        asked = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if asked and not self.is_fsdp_enabled:
+            raise UserError("fsdp: needs a launcher and GPUs (accelerate shards over no CPUs); leave FSDP out here")
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(ProgressBar())
-        # The losses below are means of a batch: let the Trainer divide them by the accumulation steps.
+        # The losses below are means of a batch, which training_step turns into shares of a mean over the step.
         self.model_accepts_loss_kwargs = False
         self._decoder_size, self._head_size = self._sizes()
 
@@ -56,6 +76,13 @@ class BaseTrainer(Trainer):
                 raise UserError(f"{self.args.output_dir}: no whole checkpoint to resume from; train without resuming")
         if resume_from_checkpoint and not is_whole(resume_from_checkpoint):
             raise UserError(f"{resume_from_checkpoint}: not a whole checkpoint; resume from an earlier one")
+        if resume_from_checkpoint:
+            check_resumable(
+                str(resume_from_checkpoint),
+                {name: value for name, value in self._arguments().items() if name in self.args.decisive_fields()},
+                fsdp=self.is_fsdp_enabled,
+                deepspeed=self.is_deepspeed_enabled,
+            )
         output = super().train(resume_from_checkpoint or None, *args, **kwargs)
         self.costs.drain()
         return output
@@ -64,15 +91,82 @@ class BaseTrainer(Trainer):
         """Add what a step cost since the last log."""
         super().log({**logs, **self.costs.drain()} if "loss" in logs else logs, start_time)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """As the base class, counted."""
-        self.costs.count(self.floating_point_ops(inputs), "policy")
-        return super().training_step(model, inputs, *args, **kwargs)
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches shared out evenly over the processes and split within ``max_tokens_per_device``."""
+        lengths = row_lengths(self.train_dataset)
+        if lengths is None:
+            return super().get_train_dataloader()
+        strategy = self.args.train_sampling_strategy
+        sampler = BalancedBatchSampler(
+            lengths[0],
+            self._train_batch_size,
+            sequences=lengths[1],
+            max_tokens=self.args.max_tokens_per_device,
+            num_replicas=self.args.world_size,
+            rank=self.args.process_index,
+            seed=None if strategy == "sequential" else self.args.data_seed,
+            drop_last=self.args.dataloader_drop_last,
+            group_by_length=strategy == "group_by_length",
+        )
+        return BatchLoader(
+            self.train_dataset,
+            sampler,
+            self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The batches of one optimizer step, and how many items they hold on all processes."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        return batches, self._items_everywhere(
+            sum(self.num_items(one) for batch in batches for one in _forwards(batch))
+        )
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Forward and backward over a batch, in one go or in several."""
+        losses, forwards, last_batch = [], _forwards(inputs), self.accelerator.sync_gradients
+        for number, batch in enumerate(forwards, start=1):
+            last = number == len(forwards)
+            self.accelerator.gradient_state._set_sync_gradients(last_batch and last)
+            self.costs.count(self.floating_point_ops(batch), "policy")
+            if num_items_in_batch is not None:
+                # The base class divides the loss by this. Gradients are then averaged over processes.
+                mine = self.num_items(batch) * self.args.world_size
+                self.current_gradient_accumulation_steps = num_items_in_batch / max(mine, 1)
+            # DeepSpeed is told by the flag above.
+            at_once = last or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            with contextlib.nullcontext() if at_once else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, batch, num_items_in_batch, *args, **kwargs))
+        return torch.stack(losses).sum()
+
+    def num_items(self, batch: dict[str, Any]) -> int:
+        """What the loss is a mean over: the pairs of a forward."""
+        return len(batch["pair_id"])
+
+    def _items_everywhere(self, items: int) -> Any:
+        """The sum of ``items`` over all processes, which hold equally many pairs."""
+        return items * self.args.world_size
+
+    def floating_point_ops(self, inputs: Any) -> int:
         """Of forward and backward over a batch: 6 FLOP a token and parameter, the head's on scored tokens only."""
-        scored = inputs["scored_index"].numel() if "scored_index" in inputs else 0
-        return 6 * (self._decoder_size * inputs["input_ids"].numel() + self._head_size * scored)
+        return sum(self._flop(batch) for batch in _forwards(inputs))
+
+    def _flop(self, batch: dict[str, Any]) -> int:
+        scored = batch["scored_index"].numel() if "scored_index" in batch else 0
+        return 6 * (self._decoder_size * batch["input_ids"].numel() + self._head_size * scored)
+
+    def check_replicas(self, module: nn.Module, what: str) -> None:
+        """Refuse parameters that are not the same, bit for bit, on every process: they would stay apart."""
+        fingerprint = torch.tensor([int(models.model_fingerprint(module)[:15], 16)], device=self.args.device)
+        found = self.accelerator.gather(fingerprint).tolist()
+        if len(set(found)) > 1:
+            odd = next(process for process, value in enumerate(found) if value != found[0])
+            raise UserError(f"{what}: is another one on process {odd} than on process 0; load the same on each")
 
     def _sizes(self) -> tuple[int, int]:
         """The parameters of decoder and head that multiply a token."""
@@ -86,14 +180,51 @@ class BaseTrainer(Trainer):
         with files.disk_errors(folder):
             super()._save_checkpoint(model, trial)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole model; within a checkpoint that FSDP writes in shards, only what goes with it."""
+        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            if not _internal_call:
+                self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            elif self.args.should_save:
+                self._save_companions(Path(output_dir or self.args.output_dir))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
         with models.progress_bars(size):
             super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-            files.write_json(folder / "training_args.json", json.loads(self.args.to_json_string()))
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        self._save_companions(folder)
+
+    def _save_companions(self, folder: Path) -> None:
+        """What is written beside the weights, by the main process."""
+        files.write_json(folder / ARGUMENTS_FILE, self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        """The settings as JSON has them, and how many rows an optimizer step takes on all processes."""
+        rows = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return {**json.loads(self.args.to_json_string()), "global_batch_size": rows}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if kind_of(resume_from_checkpoint) == "sharded" and not self.is_fsdp_enabled:
+            load_sharded_model(model or self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or kind_of(checkpoint) != "sharded" or self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_sharded_optimizer(self.model, self.optimizer.optimizer, checkpoint)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+
+def _forwards(inputs: Any) -> list[dict[str, Any]]:
+    """The forwards of a batch: what :class:`BatchLoader` gives, or the batch itself from any other loader."""
+    return inputs if isinstance(inputs, list) else [inputs]
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Settings of the trainers: dataclasses that HfArgumentParser reads from the command line or from YAML."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,9 @@ from reprdpo.data import TokenizeConfig
 from reprdpo.errors import UserError
 from reprdpo.ops.reference import PAIR_LOSSES
 from reprdpo.training.presets import DEFAULTS, PRESETS
+
+# Where and how fast, and names for what other fields say.
+_INDECISIVE = {"max_tokens_per_device", "precompute_ref_batch_size", "preset", "reference_cache_dir"}
 
 
 def _help(default: Any, text: str) -> Any:
@@ -27,10 +30,14 @@ class BaseConfig(TrainingArguments):
     logging_nan_inf_filter: bool = _help(False, "Replace NaN losses in the log; costs a device synchronisation a step.")
     remove_unused_columns: bool = _help(False, "Must stay False: the collators read columns the model does not take.")
     prediction_loss_only: bool = _help(True, "Evaluation returns metrics, not logits.")
+    ddp_find_unused_parameters: bool | None = _help(False, "Whether DDP looks for parameters without a gradient.")
     max_length: int = _help(1024, "Longest sequence of prompt and response, in tokens.")
     max_prompt_length: int | None = _help(None, "Longest prompt, in tokens; unset: limited by max_length alone.")
     truncation_mode: Literal["error", "keep_end", "keep_start", "drop"] = _help(
         "error", "What happens to a row over the limits: refuse the data, cut the prompt, or leave the row out."
+    )
+    max_tokens_per_device: int | None = _help(
+        None, "Most tokens, padding included, in one forward; larger batches are split, which changes no loss."
     )
     disable_dropout: bool = _help(True, "Set every dropout probability of the model to 0.")
 
@@ -50,10 +57,17 @@ class BaseConfig(TrainingArguments):
             truncation_mode=self.truncation_mode,
         )
 
+    def decisive_fields(self) -> set[str]:
+        """Names of the settings that decide the course of training, so that a resumed run must keep them."""
+        own = {f.name for f in fields(self)} - {f.name for f in fields(TrainingArguments)}
+        return own - _INDECISIVE | {"global_batch_size", "learning_rate", "optim", "seed", "train_sampling_strategy"}
+
     def _check_fields(self) -> None:
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns: the collators need every column; leave it False")
         _check(self.max_length >= 2, "max_length", self.max_length, "an integer of at least 2")
+        tokens = self.max_tokens_per_device
+        _check(tokens is None or tokens >= 1, "max_tokens_per_device", tokens, "an integer of at least 1, or unset")
         if self.max_prompt_length is not None:
             allowed = 1 <= self.max_prompt_length < self.max_length
             _check(
@@ -168,6 +182,8 @@ class ReprDPOConfig(ConfidenceConfig, BaseConfig):
         _check(self.packing in packings, "packing", self.packing, f"one of {', '.join(packings)}")
         _check(self.max_row_tokens >= 1, "max_row_tokens", self.max_row_tokens, "an integer of at least 1")
         _check(0 <= self.fixed_confidence <= 1, "fixed_confidence", self.fixed_confidence, "a number from 0 to 1")
+        if self.confidence_reduce == "batch" and self.max_tokens_per_device is not None:
+            raise UserError("confidence_reduce: a batch that max_tokens_per_device splits has no gamma; unset one")
         batch = self.precompute_ref_batch_size
         _check(batch >= 1, "precompute_ref_batch_size", batch, "an integer of at least 1")
 

@@ -63,8 +63,14 @@ class MetricWindow:
         self._sums_K = self._limits_2 = None
         return result
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"names": self._names, "sums": self._sums_K, "limits": self._limits_2}
+    def state_dict(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Of all processes together, for one of them to load."""
+        sums_K, limits_2 = self._sums_K, self._limits_2
+        if sums_K is not None:
+            sums_K = gather(sums_K[None]).sum(dim=0)
+        if limits_2 is not None:
+            limits_2 = gather(limits_2[None]).amax(dim=0)
+        return {"names": self._names, "sums": sums_K, "limits": limits_2}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         self._names = list(state["names"])

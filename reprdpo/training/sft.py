@@ -49,23 +49,21 @@ class ReprSFTTrainer(BaseTrainer):
             **kwargs,
         )
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], int]:
-        """The batches of one optimizer step and, counted on the host, how many tokens they score."""
-        batches, _ = super().get_batch_samples(*args, **kwargs)
-        return batches, sum(batch["scored_index"].numel() for batch in batches)
+    def num_items(self, batch: dict[str, Tensor]) -> int:
+        """What the loss is a mean over: the tokens that a forward scores."""
+        return batch["scored_index"].numel()
+
+    def _items_everywhere(self, items: int) -> Tensor:
+        total: Tensor = self.accelerator.gather(torch.tensor([items], device=self.args.device)).sum()
+        return total.clamp(min=1)
 
     def compute_loss(
         self,
         model: torch.nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
-        """Token mean over the optimizer step in training, over the batch in evaluation."""
-        logps = heads.token_logps(model, inputs)
-        loss = -logps.sum() / max(inputs["scored_index"].numel(), 1)
-        if model.training and num_items_in_batch:
-            # training_step divides by the accumulation steps; undone here, as the mean is over tokens.
-            share = inputs["scored_index"].numel() / num_items_in_batch
-            loss = loss * (share * self.current_gradient_accumulation_steps)
+        """The mean loss over the batch's response tokens."""
+        loss = -heads.token_logps(model, inputs).sum() / max(inputs["scored_index"].numel(), 1)
         return (loss, {"loss": loss}) if return_outputs else loss

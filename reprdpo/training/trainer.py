@@ -117,6 +117,8 @@ class ReprDPOTrainer(BaseTrainer):
         self.train_dataset = self._prepare(train_dataset, "the training data")
         self.eval_dataset = self._prepare(eval_dataset, "the evaluation data")
         self.reward = reward.to(args.device) if reward is not None else None
+        if self.reward is not None:
+            self.check_replicas(self.reward, "reward")
         self._updater = None
         if self.reward is not None and args.update_reward:
             self._updater = RewardUpdater(self.reward, lr=args.reward_learning_rate, margin=args.reward_margin)
@@ -196,8 +198,8 @@ class ReprDPOTrainer(BaseTrainer):
 
     def _add_reference(self, dataset: Dataset) -> Dataset:
         cache_dir = self.args.reference_cache_dir or str(Path(self.args.output_dir) / "reference")
-        reference = self.model if self._reference is None else self._reference.to(self.args.device)
-        with costs.part("reference"), self.args.main_process_first(desc="reference log-probs"):
+        reference = self.model if self._reference is None else self._reference
+        with costs.part("reference"):
             return reference_logps(
                 reference,
                 dataset,
@@ -205,7 +207,8 @@ class ReprDPOTrainer(BaseTrainer):
                 batch_size=self.args.precompute_ref_batch_size,
                 cache_dir=cache_dir,
                 autocast_dtype=autocast_dtype(self.args),
-                progress=not self.args.disable_tqdm,
+                device=self.args.device,
+                progress=not self.args.disable_tqdm and self.args.process_index == 0,
             )
 
     def _score(self, reward: HybridReward, states: list[Tensor], inputs: dict[str, Tensor]) -> _Hybrid:
@@ -259,17 +262,18 @@ class ReprDPOTrainer(BaseTrainer):
                     self._histogram.add(hybrid.confidence)
         self._windows[training].add(values, num_pairs=len(result.chosen_logp))
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and self.reward is not None:
-            self.reward.save_pretrained(Path(output_dir or self.args.output_dir) / REWARD_FOLDER)
+    def _save_companions(self, folder: Path) -> None:
+        super()._save_companions(folder)
+        if self.reward is not None:
+            self.reward.save_pretrained(folder / REWARD_FOLDER)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        window = self._windows[True].state_dict(self.accelerator.gather)
         if self.args.should_save:
             state = {
                 "updater": None if self._updater is None else self._updater.state_dict(),
-                "window": self._windows[True].state_dict(),
+                "window": window,
                 "histogram": self._histogram.state_dict(),
             }
             save_state(Path(output_dir) / STATE_FILE, state)
@@ -285,7 +289,8 @@ class ReprDPOTrainer(BaseTrainer):
             self.reward.load_state_dict(saved.state_dict())
         if self._updater is not None and state["updater"] is not None:
             self._updater.load_state_dict(state["updater"])
-        self._windows[True].load_state_dict(state["window"], self.args.device)
+        if self.args.process_index == 0:  # the sums of all processes; the others' start anew
+            self._windows[True].load_state_dict(state["window"], self.args.device)
         self._histogram.load_state_dict(state["histogram"], self.args.device)
 
     def _write_histogram(self) -> None:
