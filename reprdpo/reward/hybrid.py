@@ -138,7 +138,8 @@ class HybridReward(nn.Module):
         """
         options = {"alpha": self.alpha, "squash": self.squash} | options
         found = ops.probe_confidence(hidden_states, index, *self.op_parameters, gate=self.gate, **options)
-        return Scored(found.reward, found.confidence, self.nll(*found.reward.chunk(2), margin))
+        chosen, rejected = found.reward.chunk(2)
+        return Scored(found.reward, found.confidence, self.nll(chosen, rejected, margin))
 
     def confidence(
         self,

@@ -202,7 +202,7 @@ def _certify(
         distance2_L = (w.distance2 + longer * (2 * apart_L + longer * w.norm2)).clamp(min=0)
         objective_L = (1 + longer) ** 2 * w.norm2 / 2 + losses(slack_LN, cost_LN, hinge)
         gap_L = distance2_L / 2 + shortfall(slack_LN, dual_LN, cost_LN, hinge)
-        found = (torch.full_like(objective_L, 1 + longer), objective_L, gap_L)
+        found: tuple[Tensor, ...] = (torch.full_like(objective_L, 1 + longer), objective_L, gap_L)
         if best is not None:
             found = tuple(torch.where(objective_L < best[1], new, old) for new, old in zip(found, best, strict=True))
         best = found

@@ -207,22 +207,24 @@ class ReprDPOTrainer(BaseTrainer):
             flop = costs.reward_flop(*reward.probe_weight.shape, sequences=len(states[0]), update=updater is not None)
             self.costs.count(flop, "reward")
         index_S: Tensor | None = inputs["last_token_index"]
-        pooled: list[Tensor] | Tensor = [state.detach() for state in states]
+        states = [state.detach() for state in states]
+        read: list[Tensor] | Tensor = states
         if reward.metadata.pool == "mean":
-            pooled, index_S = _mean_over_tokens(pooled, inputs["attention_mask"]), None
-        options = {
+            read, index_S = _mean_over_tokens(states, inputs["attention_mask"]), None
+        options: dict[str, Any] = {
             "alpha": self.args.alpha_or(reward.alpha),
             "squash": reward.squash if self.args.squash is None else self.args.squash,
             "floor": self.args.confidence_floor,
             "reduce": self.args.confidence_reduce,
         }
         if updater is None:
-            scored = reward.score(pooled, index_S, margin=self.args.reward_margin, **options)
+            scored = reward.score(read, index_S, margin=self.args.reward_margin, **options)
         else:
-            scored = updater.accumulate(pooled, index_S, **options)
+            scored = updater.accumulate(read, index_S, **options)
             if self.accelerator.sync_gradients:
                 updater.apply()
-        return _Hybrid(*scored.reward.chunk(2), scored.confidence, scored.nll)
+        chosen_P, rejected_P = scored.reward.chunk(2)
+        return _Hybrid(chosen_P, rejected_P, scored.confidence, scored.nll)
 
     def _record(self, result: Any, hybrid: _Hybrid | None, *, training: bool) -> None:
         values = {
