@@ -1,4 +1,4 @@
-"""gradient_mass_eps: its bound against the exact gradient on flat, peaked and real distributions; what refuses it."""
+"""gradient_mass_eps: its bound against the exact gradient on flat, peaked and real distributions, and its refusals."""
 
 import json
 import math
