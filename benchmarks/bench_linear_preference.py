@@ -121,6 +121,7 @@ def test_both_gradients(benchmark: BenchmarkFixture, implementation: str, name: 
     measure_loss(benchmark, implementation, SHAPES[name], dtype, headline=True)
 
 
+@pytest.mark.secondary
 @implementations
 @pytest.mark.parametrize(("name", "dtype"), SHORT)
 def test_both_gradients_other_upstream(benchmark: BenchmarkFixture, implementation: str, name: str, dtype: str) -> None:
@@ -128,6 +129,7 @@ def test_both_gradients_other_upstream(benchmark: BenchmarkFixture, implementati
     measure_loss(benchmark, implementation, SHAPES[name], dtype, upstream=0.37)
 
 
+@pytest.mark.secondary
 @implementations
 @pytest.mark.parametrize(("name", "dtype"), SHORT)
 def test_both_gradients_random_states(benchmark: BenchmarkFixture, implementation: str, name: str, dtype: str) -> None:
@@ -135,6 +137,7 @@ def test_both_gradients_random_states(benchmark: BenchmarkFixture, implementatio
     measure_loss(benchmark, implementation, SHAPES[name], dtype, peaked=False)
 
 
+@pytest.mark.secondary
 @implementations
 @pytest.mark.parametrize(("name", "dtype"), IN_BOTH)
 def test_head_frozen(benchmark: BenchmarkFixture, implementation: str, name: str, dtype: str) -> None:
@@ -142,6 +145,7 @@ def test_head_frozen(benchmark: BenchmarkFixture, implementation: str, name: str
     measure_loss(benchmark, implementation, SHAPES[name], dtype, frozen=True, headline=True)
 
 
+@pytest.mark.secondary
 @pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "reprdpo_composed"])
 @pytest.mark.parametrize("shape", MEMORY_SHAPES, ids=lambda shape: f"T{shape.length}-V{shape.vocabulary}")
 def test_memory(benchmark: BenchmarkFixture, implementation: str, shape: HeadShape) -> None:

@@ -65,12 +65,14 @@ def measure_gradients(
     )
 
 
+@pytest.mark.secondary
 @implementations
 @pytest.mark.parametrize(("name", "dtype"), IN_BOTH)
 def test_both_gradients(benchmark: BenchmarkFixture, implementation: str, name: str, dtype: str) -> None:
     measure_gradients(benchmark, implementation, name, dtype, upstream=1.0, peaked=True, frozen=False)
 
 
+@pytest.mark.secondary
 @implementations
 @pytest.mark.parametrize(("name", "dtype"), SHORT)
 def test_both_gradients_random_states(benchmark: BenchmarkFixture, implementation: str, name: str, dtype: str) -> None:

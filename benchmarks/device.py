@@ -11,6 +11,7 @@ import torch
 
 # A batch of calls between two events is at least this long, so that the events' own cost does not show.
 BATCH_SECONDS = 1e-3
+# Of a call that takes longer than its whole budget, three rounds must do.
 MIN_ROUNDS, MAX_ROUNDS = 5, 1000
 # What the profiler itself puts beside the kernels.
 _NO_LAUNCH = ("Activity Buffer Request", "Context Sync", "Event Sync", "Stream Sync")
@@ -52,6 +53,8 @@ def seconds(call: Callable[[], Any], device: str) -> float:
 
 def rounds_for(once: float, budget: float) -> int:
     """How many rounds of ``once`` seconds fill the budget, within reason."""
+    if once > budget:
+        return 3
     return int(min(MAX_ROUNDS, max(MIN_ROUNDS, budget / max(once, 1e-9))))
 
 

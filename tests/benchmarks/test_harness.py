@@ -190,7 +190,7 @@ def test_floors() -> None:
 
 
 def test_rounds_fill_the_budget() -> None:
-    assert [rounds_for(once, 1.0) for once in (0.0, 0.01, 10.0)] == [1000, 100, 5]
+    assert [rounds_for(once, 1.0) for once in (0.0, 0.01, 0.5, 10.0)] == [1000, 100, 5, 3]
 
 
 def fail_to_capture(*arguments: Any) -> list[float]:
