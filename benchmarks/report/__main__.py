@@ -32,11 +32,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if result and arguments.against:
         print(compare(result, merge(arguments.against)).markdown())
     elif result:
-        print(
-            "\n\n".join(
-                [stamp(result), *(table.markdown() for table in (*group_tables(result), *parts_tables(result)))]
-            )
-        )
+        tables = [*group_tables(result), *parts_tables(result)]
+        print("\n\n".join([stamp(result), *(table.markdown() for table in tables)]))
     if arguments.page:
         try:
             from benchmarks.report.page import page
