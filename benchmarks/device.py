@@ -116,20 +116,42 @@ def launches(call: Callable[[], Any], device: str) -> int | None:
     return sum(not event.is_user_annotation and event.name not in _NO_LAUNCH for event in on_device) or None
 
 
+class PeakMemory:
+    """``bytes``: the most that a block had from torch's allocator at once, beyond what was there before."""
+
+    bytes = 0
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._before = 0
+        self._profile: Any = None
+
+    def __enter__(self) -> "PeakMemory":
+        if self._device != "cpu":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        else:
+            cpu = [torch.profiler.ProfilerActivity.CPU]
+            self._profile = torch.profiler.profile(activities=cpu, profile_memory=True).__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._device != "cpu":
+            synchronise(self._device)
+            self.bytes = torch.cuda.max_memory_allocated(self._device) - self._before
+            return
+        self._profile.__exit__(*exception)
+        events = self._profile.profiler.kineto_results.events()
+        changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+        alive = itertools.accumulate(change for _, change in sorted(changes, key=lambda change: change[0]))
+        self.bytes = max(0, *alive) if changes else 0
+
+
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
-    """The most bytes that ``run`` had from torch's allocator at once, beyond what was there before."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    """:class:`PeakMemory` of one call."""
+    with PeakMemory(device) as memory:
         run()
-        synchronise(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    results: Any = profile.profiler.kineto_results
-    changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
-    alive = itertools.accumulate(change for _, change in sorted(changes, key=lambda change: change[0]))
-    return max(0, *alive) if changes else 0
+    return memory.bytes
 
 
 @cache

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.report.readme import updated
 from benchmarks.report.results import merge, stamp
-from benchmarks.report.tables import compare, group_tables
+from benchmarks.report.tables import compare, group_tables, parts_tables
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -32,7 +32,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if result and arguments.against:
         print(compare(result, merge(arguments.against)).markdown())
     elif result:
-        print("\n\n".join([stamp(result), *(table.markdown() for table in group_tables(result))]))
+        tables = [*group_tables(result), *parts_tables(result)]
+        print("\n\n".join([stamp(result), *(table.markdown() for table in tables)]))
     if arguments.page:
         try:
             from benchmarks.report.page import page

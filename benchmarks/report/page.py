@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.report import plots, record
 from benchmarks.report.results import Result, stamp
-from benchmarks.report.tables import Table, cost_claims, group_tables, kernel_claims
+from benchmarks.report.tables import Table, cost_claims, group_tables, kernel_claims, parts_tables
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
@@ -39,7 +39,7 @@ def _run(result: Result) -> list[str]:
         ("Share of the floor", plots.floor_shares(result["rows"])),
     ):
         parts += [f"<h3>{title}</h3>{svg}"] if svg else []
-    return parts + [table.html() for table in group_tables(result)]
+    return parts + [table.html() for table in (*group_tables(result), *parts_tables(result))]
 
 
 def _claims(result: Result) -> list[Table]:

@@ -44,6 +44,22 @@ def _group_table(name: str, rows: list[Row]) -> Table:
     return Table(name, header, [_cells(row, len(header)) for row in rows])
 
 
+def parts_tables(result: Result) -> list[Table]:
+    """Where the time of a row goes, for each group whose rows tell their parts; tokens a second where known."""
+    return [table for name, rows in groups(result).items() if (table := _parts_table(name, rows)).rows]
+
+
+def _parts_table(name: str, rows: list[Row]) -> Table:
+    told = [row for row in rows if row["status"] == "measured" and row.get("parts")]
+    parts = list(dict.fromkeys(part for row in told for part in row["parts"]))
+    lines = []
+    for row in told:
+        cells = [number(1e3 * row["parts"][part]) if part in row["parts"] else "" for part in parts]
+        speed = number(row["tokens_per_s"]) if row.get("tokens_per_s") else ""
+        lines.append([row["implementation"], number(1e3 * row["p50_s"]), speed, *cells])
+    return Table(f"{name}: where the time goes, ms", ["", "all", "tokens/s", *parts], lines)
+
+
 def _cells(row: Row, width: int) -> list[str]:
     name = row["name"].removeprefix("test_") + ("" if row["mode"] == "eager" else f", {row['mode']}")
     if row["status"] != "measured":

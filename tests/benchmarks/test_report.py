@@ -107,6 +107,17 @@ def test_on_a_gpu_the_host_and_launches_are_shown(write: Write, capsys: pytest.C
     assert "| op[native], graph | 0.0005 / 0.001 / 0.002 | 0.50 | 1.0e-07 | 3 | 4 | 5 |  |  |" in shown
 
 
+def test_where_the_time_of_a_row_goes(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = row("test_step[native]", 2.0, parts={"forward": 0.5, "reward": 0.001, "other": 1.499}, tokens_per_s=1234.0)
+    peer = row("test_step[trl]", 6.0, parts={"forward": 0.5, "other": 5.5})
+    assert main([str(write("a.json", result(ours, peer, row())))]) == 0
+    printed = capsys.readouterr().out
+    assert "|  | all | tokens/s | forward | reward | other |" in printed
+    assert "| native | 2000 | 1230 | 500 | 1 | 1500 |" in printed
+    assert "| trl | 6000 |  | 500 |  | 5500 |" in printed
+    assert printed.count("where the time goes") == 1
+
+
 def test_parts_of_one_run(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     parts = [write("a.json", result()), write("b.json", result(row("test_other[native]"), complete=False))]
     assert main(parts) == 0
