@@ -39,13 +39,15 @@ def load_causal_lm(
         AutoConfig.from_pretrained(**options)
         with progress_bars(size):
             model, info = AutoModelForCausalLM.from_pretrained(**options, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: no causal LM could be loaded: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"{path}: the weights lack {len(missing)} of the model's parameters (first: {missing[0]}), "
             f"which would be random; give the folder of a whole {type(model).__name__}"
         )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise UserError(f"{path}: DeepSpeed partitioned the model on loading; load it before making the config")
     return model.to(device).eval() if device is not None else model.eval()
 
 

@@ -1,0 +1,90 @@
+"""How two processes' throughput compares with one's: ``python -m benchmarks.scale_out`` (CPU, gloo, a thread each).
+
+Beside it stands the machine's own ceiling: two runs that know nothing of each other, at the same time.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from reprdpo.training import ReprDPOConfig, ReprDPOTrainer
+
+PAIRS, LENGTH, STEPS, WARM_UP = 4, 96, 10, 3
+
+
+def train(folder: str) -> None:
+    """A few steps of DPO on a random model of four million parameters in its layers."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    ids = torch.randint(3, 1024, (64, 2, LENGTH)).tolist()
+    rows = [
+        {
+            "chosen_input_ids": chosen,
+            "chosen_response_start": LENGTH // 2,
+            "rejected_input_ids": rejected,
+            "rejected_response_start": LENGTH // 2,
+            "pair_id": number,
+            "ref_chosen_logps": -300.0,
+            "ref_rejected_logps": -300.0,
+        }
+        for number, (chosen, rejected) in enumerate(ids)
+    ]
+    settings = ReprDPOConfig(
+        output_dir=folder,
+        use_cpu=True,
+        confidence_source="fixed",
+        max_steps=STEPS,
+        logging_steps=1,
+        per_device_train_batch_size=PAIRS,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    ReprDPOTrainer(LlamaForCausalLM(config), settings, train_dataset=Dataset.from_list(rows)).train()
+
+
+def pairs_per_second(folder: Path, processes: int) -> float:
+    """From the median step after the first few."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return processes * PAIRS / statistics.median(line["cost/step_seconds"] for line in lines[WARM_UP:])
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder, environment = Path(name), {**os.environ, "OMP_NUM_THREADS": "1"}
+
+        def start(run: str, processes: int) -> subprocess.Popen[bytes]:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            command = [sys.executable, *(launcher if processes > 1 else []), "-m", "benchmarks.scale_out"]
+            return subprocess.Popen([*command, str(folder / run)], env=environment, stdout=subprocess.DEVNULL)
+
+        for runs, processes in ((["one"], 1), (["first", "second"], 1), (["two"], 2)):
+            for process in [start(run, processes) for run in runs]:
+                if process.wait() != 0:
+                    raise SystemExit(process.returncode)
+        one = pairs_per_second(folder / "one", 1)
+        apart = pairs_per_second(folder / "first", 1) + pairs_per_second(folder / "second", 1)
+        two = pairs_per_second(folder / "two", 2)
+    print(f"one process            {one:7.2f} pairs/s")
+    print(f"two independent runs   {apart:7.2f} pairs/s  {apart / one:.2f} x")
+    print(f"two processes          {two:7.2f} pairs/s  {two / one:.2f} x")
+
+
+if __name__ == "__main__":
+    main() if len(sys.argv) == 1 else train(sys.argv[1])
