@@ -250,7 +250,9 @@ def write_tokens(out: HeadForward, tile: TokenResidual, rows: TileRows) -> None:
     """A tile's numbers a token to their places, 0 where ignored."""
     for whole_N, part_n in zip(out[:4], (tile.logp, tile.entropy, tile.top1, tile.mean_logit), strict=True):
         if whole_N.shape[0] and part_n.shape[0]:
-            whole_N.index_copy_(0, rows.index, part_n if rows.ignored is None else part_n.masked_fill(rows.ignored, 0))
+            whole_N.index_copy_(
+                0, rows.positions, part_n if rows.ignored is None else part_n.masked_fill(rows.ignored, 0)
+            )
 
 
 def head_backward(
@@ -273,7 +275,8 @@ def head_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two matmuls from the residual, none from the rows, and from nothing kept three: tiles made again.
 
-    With ``sequence_ids`` (on Triton) the log-probs' gradient is one a sequence, 0 for tokens of none. An entropy's gradient is no multiple of the residual's row: it takes the third way.
+    With ``sequence_ids`` (on Triton) the log-probs' gradient is one a sequence, 0 for tokens of none. An entropy's
+    gradient is no multiple of the residual's row: it takes the third way.
     """
     index_R = scored_rows(labels_N, scored_index, ignore_index)
     upstream = Upstream(kind, grad_logp_N, labels_N, sequence_ids_N, head, ignore_index)
@@ -383,18 +386,18 @@ def _recompute(
         tile_rows = gather_rows(kind, hidden_ND, labels_N, index_R[rows], ignore_index)
         if grad_entropy_N is None:
             tile = tiles.run(tile_rows, residual=True)
-            scale_n = upstream.row_scale(tile_rows.index, tile_rows, tile.row_stats)
-            total.add(tile.residual, scale_n, tile_rows.index, tile_rows.hidden)
+            scale_n = upstream.row_scale(tile_rows.positions, tile_rows, tile.row_stats)
+            total.add(tile.residual, scale_n, tile_rows.positions, tile_rows.hidden)
             return
         given = _LogitsUpstream(
             row_stats_3R[:, rows],
-            None if upstream.grad_logp is None else upstream.grad_logp[tile_rows.index],
-            entropy_N[tile_rows.index],
-            grad_entropy_N[tile_rows.index],
+            None if upstream.grad_logp is None else upstream.grad_logp[tile_rows.positions],
+            entropy_N[tile_rows.positions],
+            grad_entropy_N[tile_rows.positions],
         )
         gradient = _triton_logits_gradient if kind == "triton" else _reference_logits_gradient
         residual_nV, scale_n = gradient(tiles, tile_rows, given)
-        total.add(residual_nV, scale_n, tile_rows.index, tile_rows.hidden)
+        total.add(residual_nV, scale_n, tile_rows.positions, tile_rows.hidden)
 
     with exact_matmuls(hidden_ND.device):
         for rows in pieces:

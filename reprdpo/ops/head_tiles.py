@@ -103,7 +103,7 @@ def _work_rows(device: torch.device, row_bytes: int) -> int:
 class TileRows(NamedTuple):
     """Rows of a tile, by position among the tokens; ``ignored`` is None where kernels look at the labels themselves."""
 
-    index: Tensor
+    positions: Tensor
     labels: Tensor
     ignored: Tensor | None
     hidden: Tensor
@@ -278,7 +278,7 @@ class GradientSum:
         self.bias: Tensor | None = None
 
     def add(self, residual_nV: Tensor, scale_n: Tensor, index_n: Tensor, hidden_nD: Tensor | None) -> None:
-        """A tile of rows at ``index_n``, whose raw logits have the gradient ``a G``; Triton gathers ``hidden`` itself."""
+        """A tile of rows at ``index_n``, whose raw logits have the gradient ``a G``; Triton needs no hidden states."""
         if self.needs.hidden:
             self.add_hidden(
                 hidden_product(self.kind, residual_nV, self.head.weight, self.upcast_bytes), scale_n, index_n

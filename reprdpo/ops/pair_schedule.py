@@ -91,7 +91,7 @@ def pair_forward(
             )
         else:
             scale_n = row_scale(grad_n, rows, tile.row_stats, head)
-        total.add(tile.residual, scale_n, rows.index, rows.hidden)
+        total.add(tile.residual, scale_n, rows.positions, rows.hidden)
 
     def token_gradients(group: PairGroup) -> Tensor:
         return slopes(out.logp[group.rows], group.sequence_ids, labels_N[group.rows], group.pairs)
