@@ -370,3 +370,22 @@ def test_launches_on_triton():
     assert backward.counts["_row_scales_kernel"] == 1
     assert backward.counts["_scale_rows_kernel"] == 2
     assert backward.counts.total() <= 8
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_entropy_upstream_and_ignored_rows_on_triton(dtype):
+    """Rows named by the index but ignored (as under graph capture) may hold anything, whatever is sent upstream."""
+    hidden, weight, labels, _ = batch([2, 1], dtype)
+    with torch.no_grad():
+        hidden[labels == IGNORED] = torch.nan
+    everything, upstream = torch.arange(labels.numel()), torch.randn(2, *labels.shape)
+    results = []
+    for kind, scored in (("triton", everything), ("reference", None)):
+        with use_backend(kind):
+            out = linear_logprob(hidden, weight, labels, scored_index=scored, softcap=3.0, return_entropy=True)
+            both = torch.stack([out.logprob, out.entropy])
+            log_probs = torch.autograd.grad(out.logprob, (hidden, weight), upstream[0], retain_graph=True)
+            results.append([both.detach(), *log_probs, *torch.autograd.grad(both, (hidden, weight), upstream)])
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine - theirs).norm() <= max(2e-6, 2 * torch.finfo(dtype).eps) * theirs.norm()
