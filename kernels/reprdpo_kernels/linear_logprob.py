@@ -13,10 +13,11 @@ _SCALE_BLOCK = 256
 _ROW_BLOCK = 4096
 
 
-@triton.jit(do_not_specialize=["rows", "stats_stride", "tokens", "ignore_index"])
+@triton.jit(do_not_specialize=["rows", "stats_stride", "tokens", "sequences", "ignore_index"])
 def _row_scales_kernel(
-    grad_logp_ptr, index_ptr, labels_ptr, stats_ptr, out_ptr, rows, stats_stride, tokens, factor, ignore_index,
-    INDEX: tl.constexpr, BLOCK: tl.constexpr,
+    grad_logp_ptr, index_ptr, labels_ptr, stats_ptr, ids_ptr, out_ptr, rows, stats_stride, tokens, sequences, factor,
+    ignore_index,
+    INDEX: tl.constexpr, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``a = c S_-y / S factor``: a few bytes a row."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -26,7 +27,13 @@ def _row_scales_kernel(
         position = tl.load(index_ptr + row, mask=inside, other=0)
     known = inside & (position >= 0) & (position < tokens)
     label = tl.load(labels_ptr + position, mask=known, other=0).to(tl.int64)
-    c = tl.load(grad_logp_ptr + position, mask=known, other=float("nan")).to(tl.float32)
+    if SEQUENCES:
+        sequence = tl.load(ids_ptr + position, mask=known, other=0).to(tl.int64)
+        inside_any = known & (sequence >= 0) & (sequence < sequences)
+        c = tl.load(grad_logp_ptr + sequence, mask=inside_any, other=0.0).to(tl.float32)
+        c = tl.where(known, c, float("nan"))
+    else:
+        c = tl.load(grad_logp_ptr + position, mask=known, other=float("nan")).to(tl.float32)
     sum_other = tl.load(stats_ptr + stats_stride + row, mask=inside, other=0.0)
     sum_all = tl.load(stats_ptr + 2 * stats_stride + row, mask=inside, other=1.0)
     scale = c * (sum_other / sum_all) * factor
@@ -73,10 +80,12 @@ def row_scales(
     row_stats_3n: Tensor,
     factor: float,
     ignore_index: int = -100,
+    sequence_ids_N: Tensor | None = None,
 ) -> Tensor:
     """``a = c S_-y / S * factor`` [n] float32 of the rows at ``index`` (None: all): 0 where ignored, NaN as S is.
 
-    ``factor`` is logit_scale / temperature, over 4096 for a float16 residual.
+    ``factor`` is logit_scale / temperature, over 4096 for a float16 residual. With ``sequence_ids`` the gradient is one
+    a sequence [S], which all its tokens have; tokens of an id outside [0, S) have 0.
     """
     rows = row_stats_3n.shape[1]
     scale_n = grad_logp_N.new_empty(rows, dtype=torch.float32)
@@ -84,9 +93,9 @@ def row_scales(
         stats = row_stats_3n if row_stats_3n.stride(1) == 1 else row_stats_3n.contiguous()
         with torch.cuda.device_of(grad_logp_N):
             _row_scales_kernel[(triton.cdiv(rows, _SCALE_BLOCK),)](
-                grad_logp_N.contiguous(), index_n, labels_N, stats, scale_n, rows, stats.stride(0),
-                labels_N.shape[0], factor, ignore_index,
-                INDEX=index_n is not None, BLOCK=_SCALE_BLOCK, num_warps=4,
+                grad_logp_N.contiguous(), index_n, labels_N, stats, sequence_ids_N, scale_n, rows, stats.stride(0),
+                labels_N.shape[0], grad_logp_N.shape[0], factor, ignore_index,
+                INDEX=index_n is not None, SEQUENCES=sequence_ids_N is not None, BLOCK=_SCALE_BLOCK, num_warps=4,
             )  # fmt: skip
     return scale_n
 

@@ -5,7 +5,7 @@ Shape suffixes: N tokens, P pairs, S = 2P sequences, all chosen and then all rej
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -211,13 +211,13 @@ def _preference_loss_kernel(
 @triton.jit(do_not_specialize=["tokens", "pairs", "ignore_index"])
 def _sequence_preference_kernel(
     logp_ptr, ids_ptr, labels_ptr, stats_ptr, ref_chosen_ptr, ref_rejected_ptr, confidence_ptr,
-    loss_ptr, sequence_ptr, means_ptr, tokens, pairs, ignore_index, beta, margin,
+    loss_ptr, logp_out_ptr, length_ptr, reward_ptr, slope_ptr, means_ptr, tokens, pairs, ignore_index, beta, margin,
     w0, w1, w2, w3, w4, w5, w6, w7, w8, w9,
     REFERENCE: tl.constexpr, STATS: tl.constexpr, TYPES: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One pair, from its tokens wherever they lie: a program reads all ids and labels, 20 bytes a token from L2.
 
-    Sums are in float64, in an order that depends on shapes alone. ``sequence`` [4, S]: log-prob, length, reward, slope.
+    Sums are in float64, in an order that depends on shapes alone.
     """
     pair = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
@@ -265,11 +265,14 @@ def _sequence_preference_kernel(
         chosen, rejected, gamma, beta, margin, w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, TYPES, FIRST
     )
     tl.store(loss_ptr + pair, loss.to(tl.float32))
-    of_chosen = (chosen_logp, chosen_length, chosen_reward, by_chosen)
-    of_rejected = (rejected_logp, rejected_length, rejected_reward, by_rejected)
-    for i in tl.static_range(4):
-        tl.store(sequence_ptr + i * 2 * pairs + pair, of_chosen[i].to(tl.float32))
-        tl.store(sequence_ptr + i * 2 * pairs + pairs + pair, of_rejected[i].to(tl.float32))
+    tl.store(logp_out_ptr + pair, chosen_logp.to(tl.float32))
+    tl.store(logp_out_ptr + pairs + pair, rejected_logp.to(tl.float32))
+    tl.store(length_ptr + pair, chosen_length.to(tl.float32))
+    tl.store(length_ptr + pairs + pair, rejected_length.to(tl.float32))
+    tl.store(reward_ptr + pair, chosen_reward.to(tl.float32))
+    tl.store(reward_ptr + pairs + pair, rejected_reward.to(tl.float32))
+    tl.store(slope_ptr + pair, by_chosen.to(tl.float32))
+    tl.store(slope_ptr + pairs + pair, by_rejected.to(tl.float32))
 
 
 class PairTerms(NamedTuple):
@@ -345,9 +348,9 @@ def sequence_preference_loss_forward(
     ``token_stats`` are averaged over each sequence's tokens, 0 where it has none.
     """
     pairs, tokens = confidence.shape[0], token_logp_N.shape[0]
-    loss_P = token_logp_N.new_empty(pairs, dtype=torch.float32)
-    out_4S = token_logp_N.new_empty(4, 2 * pairs, dtype=torch.float32)
-    means = token_logp_N.new_empty((3, 2 * pairs) if token_stats_3N is not None else 0, dtype=torch.float32)
+    # A tensor each: what an op returns may not share memory.
+    shapes: list[Any] = [pairs, *[2 * pairs] * 4, (3, 2 * pairs) if token_stats_3N is not None else 0]
+    out = SequenceTerms(*(token_logp_N.new_empty(shape, dtype=torch.float32) for shape in shapes))
     if pairs:
         types, first, weights = _encode(loss_types, loss_weights)
         tensors = (
@@ -355,13 +358,12 @@ def sequence_preference_loss_forward(
         )  # fmt: skip
         with torch.cuda.device_of(token_logp_N):
             _sequence_preference_kernel[(pairs,)](
-                *(None if x is None else x.contiguous() for x in tensors), loss_P, out_4S, means,
+                *(None if x is None else x.contiguous() for x in tensors), *out,
                 tokens, pairs, ignore_index, float(beta), float(simpo_gamma), *weights,
                 REFERENCE=ref_chosen_logp is not None, STATS=token_stats_3N is not None,
                 TYPES=types, FIRST=first, BLOCK=_TOKEN_BLOCK, num_warps=4,
             )  # fmt: skip
-    logp_S, length_S, reward_S, slope_S = out_4S.unbind()
-    return SequenceTerms(loss_P, logp_S, length_S, reward_S, slope_S, means)
+    return out
 
 
 def _encode(loss_types: Sequence[str], loss_weights: Sequence[float]) -> tuple[int, int, list[float]]:

@@ -15,12 +15,14 @@ from reprdpo.ops.head_tiles import (
     HeadTiles,
     Needs,
     TileCost,
+    TileRows,
     default_tile_bytes,
     empty_residual,
     exact_matmuls,
+    gather_rows,
     hidden_product,
-    scaled_rows,
     tile_cost,
+    triton_kernels,
 )
 from reprdpo.ops.reference import HALF_RESIDUAL_SCALE, Head, TokenResidual
 from reprdpo.ops.sparse_product import sparse_hidden_product
@@ -126,7 +128,7 @@ def empty_forward(
         hidden_ND.new_zeros(num_tokens if entropy else 0, dtype=dtype),
         hidden_ND.new_zeros(num_tokens if stats else 0, dtype=dtype),
         hidden_ND.new_zeros(num_tokens if stats else 0, dtype=dtype),
-        hidden_ND.new_zeros(3, num_rows if any(needs) and plan.keep != "pairs" else 0, dtype=dtype),
+        hidden_ND.new_empty(3, num_rows if any(needs) and plan.keep != "pairs" else 0, dtype=dtype),
         empty_residual(kind, hidden_ND, num_rows, vocabulary) if plan.keep == "residual" else hidden_ND.new_empty(0),
         hidden_ND.new_empty(num_rows, width) if plan.keep == "rows" else hidden_ND.new_empty(0),
     )
@@ -177,37 +179,45 @@ def head_forward(
         kind, hidden_ND, head.weight.shape[0], num_rows, no_residual, needs, entropy=entropy, stats=stats
     )
     index_R = scored_rows(labels_N, scored_index, ignore_index)
-    tiles = HeadTiles(kind, head, min(plan.rows, index_R.shape[0]), plan.upcast_bytes)
+    pieces = even_tiles(index_R.shape[0], plan.rows)
+    tiles = HeadTiles(kind, head, min(plan.rows, index_R.shape[0]), plan.upcast_bytes, ignore_index)
     kept = _Residual(kind, hidden_ND, head, num_rows) if plan.keep == "residual" else None
 
     # A function, so that a tile's tensors are gone before the next tile's are made.
-    def run(rows: slice) -> None:
-        index_n = index_R[rows]
-        hidden_nD, labels_n, ignored_n = gather_rows(hidden_ND, labels_N, index_n, ignore_index)
+    def run(rows: slice) -> Tensor:
+        tile_rows = gather_rows(kind, hidden_ND, labels_N, index_R[rows], ignore_index)
         tile = tiles.run(
-            hidden_nD,
-            labels_n,
+            tile_rows,
             residual=plan.keep != "nothing",
             entropy=entropy,
             stats=stats,
             out=None if kept is None else kept.room(rows),
         )
-        write_tokens(out, tile, index_n, ignored_n)
-        if any(needs):
-            out.row_stats[:, rows] = tile.row_stats
+        write_tokens(out, tile, tile_rows)
         if kept is not None:
             kept.put(rows, tile.residual)
         if plan.keep == "rows":
             product = tile.residual, head.weight
             if gradient_mass_eps is None:
-                out.hidden_rows[rows] = hidden_product(*product, plan.upcast_bytes)
+                out.hidden_rows[rows] = hidden_product(kind, *product, plan.upcast_bytes)
             else:
                 out.hidden_rows[rows] = sparse_hidden_product(kind, *product, gradient_mass_eps, plan.upcast_bytes)
+        return tile.row_stats
 
     with exact_matmuls(hidden_ND.device):
-        for rows in even_tiles(index_R.shape[0], plan.rows):
-            run(rows)
+        row_stats = [run(rows) for rows in pieces]
+    if any(needs):
+        out = out._replace(row_stats=_joined(row_stats, out.row_stats))
     return out if kept is None else out._replace(residual=kept.whole())
+
+
+def _joined(parts: list[Tensor], whole_3R: Tensor) -> Tensor:
+    """Row statistics of tiles side by side: a single tile's own, else in ``whole``."""
+    if len(parts) == 1 and parts[0].shape == whole_3R.shape:
+        return parts[0]
+    if parts:
+        torch.cat(parts, dim=1, out=whole_3R[:, : sum(part.shape[1] for part in parts)])
+    return whole_3R
 
 
 class _Residual:
@@ -215,7 +225,7 @@ class _Residual:
 
     def __init__(self, kind: Backend, hidden_ND: Tensor, head: Head, num_rows: int) -> None:
         self.kind, self.like, self.shape = kind, hidden_ND, (num_rows, head.weight.shape[0])
-        self.in_place = hidden_ND.dtype == reference.compute_dtype(hidden_ND)
+        self.in_place = kind != "native" and hidden_ND.dtype == reference.compute_dtype(hidden_ND)
         self.tensor: Tensor | None = None
 
     def room(self, rows: slice) -> Tensor | None:
@@ -242,11 +252,13 @@ class _Residual:
         return empty_residual(self.kind, self.like, *self.shape)
 
 
-def write_tokens(out: HeadForward, tile: TokenResidual, index_n: Tensor, ignored_n: Tensor) -> None:
+def write_tokens(out: HeadForward, tile: TokenResidual, rows: TileRows) -> None:
     """A tile's numbers a token to their places, 0 where ignored."""
     for whole_N, part_n in zip(out[:4], (tile.logp, tile.entropy, tile.top1, tile.mean_logit), strict=True):
         if whole_N.shape[0] and part_n.shape[0]:
-            whole_N.index_copy_(0, index_n, part_n.masked_fill(ignored_n, 0))
+            whole_N.index_copy_(
+                0, rows.positions, part_n if rows.ignored is None else part_n.masked_fill(rows.ignored, 0)
+            )
 
 
 def head_backward(
@@ -265,16 +277,19 @@ def head_backward(
     *,
     ignore_index: int,
     max_tile_bytes: int | None,
+    sequence_ids_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two matmuls from the residual, none from the rows, and from nothing kept three: tiles made again.
 
-    An entropy's gradient is no multiple of the residual's row: it takes the third way.
+    With ``sequence_ids`` (on Triton) the log-probs' gradient is one a sequence, 0 for tokens of none. An entropy's
+    gradient is no multiple of the residual's row: it takes the third way.
     """
     index_R = scored_rows(labels_N, scored_index, ignore_index)
+    upstream = Upstream(kind, grad_logp_N, labels_N, sequence_ids_N, head, ignore_index)
     if grad_entropy_N is not None or (residual_RV.numel() == 0 and hidden_rows_RD.numel() == 0):
         return _recompute(
             kind,
-            grad_logp_N,
+            upstream,
             grad_entropy_N,
             hidden_ND,
             head,
@@ -288,25 +303,52 @@ def head_backward(
             kept_bytes=residual_RV.nbytes,
         )
     row_count = index_R.shape[0]
-    hidden_RD, labels_R, ignored_R = gather_rows(hidden_ND, labels_N, index_R, ignore_index)
-    assert grad_logp_N is not None
-    scale_R = row_scale(grad_logp_N[index_R], ignored_R, labels_R, row_stats_3R[:, :row_count], head)
+    row_stats_3R = row_stats_3R[:, :row_count]
+    if kind == "triton":  # whose kernels gather, and look at the labels, as they scale
+        hidden_RD, scale_R = None, upstream.row_scale(index_R, None, row_stats_3R)
+    else:
+        rows = gather_rows(kind, hidden_ND, labels_N, index_R, ignore_index)
+        hidden_RD, scale_R = rows.hidden, upstream.row_scale(index_R, rows, row_stats_3R)
     plan = plan_head(kind, hidden_ND, head, row_count, needs, entropy=False, max_tile_bytes=max_tile_bytes)
     total = GradientSum(kind, hidden_ND, head, needs, single_tile=True, upcast_bytes=plan.upcast_bytes)
     with exact_matmuls(hidden_ND.device):
         if hidden_rows_RD.numel() == 0:
-            total.add(residual_RV[:row_count], scale_R, hidden_RD, index_R)
+            total.add(residual_RV[:row_count], scale_R, index_R, hidden_RD)
         elif needs.hidden:
-            total.hidden.index_copy_(0, index_R, scaled_rows(hidden_rows_RD[:row_count], scale_R, hidden_ND.dtype))
+            total.add_hidden(hidden_rows_RD[:row_count], scale_R, index_R)
     return total.finish()
 
 
-def row_scale(grad_logp_n: Tensor, ignored_n: Tensor, labels_n: Tensor, row_stats_3n: Tensor, head: Head) -> Tensor:
-    """The row scales a of a tile's residual, 0 where ignored."""
+class Upstream(NamedTuple):
+    """The log-probs' gradient, by token or (on Triton, where ids are given) by sequence, and what scales rows by it."""
+
+    kind: Backend
+    grad_logp: Tensor | None
+    labels: Tensor
+    sequence_ids: Tensor | None
+    head: Head
+    ignore_index: int
+
+    def row_scale(self, index_n: Tensor, rows: TileRows | None, row_stats_3n: Tensor) -> Tensor:
+        """The row scales a of the residual of the rows at ``index``, 0 where ignored."""
+        assert self.grad_logp is not None
+        if self.kind == "triton":
+            return triton_kernels("linear_logprob").row_scales(
+                *(self.grad_logp, index_n, self.labels, row_stats_3n, self.head.logit_scale / self.head.temperature),
+                ignore_index=self.ignore_index,
+                sequence_ids_N=self.sequence_ids,
+            )
+        assert rows is not None
+        return row_scale(self.grad_logp[index_n], rows, row_stats_3n, self.head)
+
+
+def row_scale(grad_logp_n: Tensor, rows: TileRows, row_stats_3n: Tensor, head: Head) -> Tensor:
+    """The row scales a of a tile's residual from the gradients of its own log-probs, 0 where ignored."""
+    assert rows.ignored is not None
     return reference.residual_scale(
-        grad_logp_n.masked_fill(ignored_n, 0),
+        grad_logp_n.masked_fill(rows.ignored, 0),
         row_stats_3n,
-        labels_n,
+        rows.labels,
         head.weight.shape[0],
         head.logit_scale,
         head.temperature,
@@ -315,7 +357,7 @@ def row_scale(grad_logp_n: Tensor, ignored_n: Tensor, labels_n: Tensor, row_stat
 
 def _recompute(
     kind: Backend,
-    grad_logp_N: Tensor | None,
+    upstream: Upstream,
     grad_entropy_N: Tensor | None,
     hidden_ND: Tensor,
     head: Head,
@@ -331,7 +373,8 @@ def _recompute(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits again, tile by tile, and a matmul for each of hidden and weight that asks."""
     with_entropy = grad_entropy_N is not None
-    kind = "reference" if with_entropy else kind
+    if with_entropy and kind == "native":
+        kind = "reference"
     plan = plan_head(
         kind, hidden_ND, head, index_R.shape[0], needs, entropy=with_entropy, max_tile_bytes=max_tile_bytes
     )
@@ -342,33 +385,70 @@ def _recompute(
         row_bytes = cost.logits + cost.residual + cost.work
         most = max(1, (budget - kept_bytes - plan.upcast_bytes) // row_bytes)
     pieces = even_tiles(index_R.shape[0], most)
-    tiles = HeadTiles(kind, head, min(most, index_R.shape[0]), plan.upcast_bytes)
+    tiles = HeadTiles(kind, head, min(most, index_R.shape[0]), plan.upcast_bytes, ignore_index)
     total = GradientSum(kind, hidden_ND, head, needs, single_tile=len(pieces) == 1, upcast_bytes=plan.upcast_bytes)
 
     def run(rows: slice) -> None:
-        index_n = index_R[rows]
-        hidden_nD, labels_n, ignored_n = gather_rows(hidden_ND, labels_N, index_n, ignore_index)
+        tile_rows = gather_rows(kind, hidden_ND, labels_N, index_R[rows], ignore_index)
         if grad_entropy_N is None:
-            assert grad_logp_N is not None
-            tile = tiles.run(hidden_nD, labels_n, residual=True)
-            scale_n = row_scale(grad_logp_N[index_n], ignored_n, labels_n, tile.row_stats, head)
-            total.add(tile.residual, scale_n, hidden_nD, index_n)
+            tile = tiles.run(tile_rows, residual=True)
+            scale_n = upstream.row_scale(tile_rows.positions, tile_rows, tile.row_stats)
+            total.add(tile.residual, scale_n, tile_rows.positions, tile_rows.hidden)
             return
-        grad_nV = reference.raw_logits_gradient(
-            tiles.raw_logits(hidden_nD),
-            labels_n,
-            *head[1:],
+        given = _LogitsUpstream(
             row_stats_3R[:, rows],
-            None if grad_logp_N is None else grad_logp_N[index_n].masked_fill_(ignored_n, 0),
-            entropy_N[index_n],
-            grad_entropy_N[index_n].masked_fill_(ignored_n, 0),
+            None if upstream.grad_logp is None else upstream.grad_logp[tile_rows.positions],
+            entropy_N[tile_rows.positions],
+            grad_entropy_N[tile_rows.positions],
         )
-        total.add(*_as_residual(grad_nV, hidden_ND.dtype), hidden_nD, index_n)
+        gradient = _triton_logits_gradient if kind == "triton" else _reference_logits_gradient
+        residual_nV, scale_n = gradient(tiles, tile_rows, given)
+        total.add(residual_nV, scale_n, tile_rows.positions, tile_rows.hidden)
 
     with exact_matmuls(hidden_ND.device):
         for rows in pieces:
             run(rows)
     return total.finish()
+
+
+class _LogitsUpstream(NamedTuple):
+    """What the gradient of a tile's logits is made of, by row."""
+
+    row_stats: Tensor
+    grad_logp: Tensor | None
+    entropy: Tensor
+    grad_entropy: Tensor
+
+
+def _reference_logits_gradient(tiles: HeadTiles, rows: TileRows, given: _LogitsUpstream) -> tuple[Tensor, Tensor]:
+    assert rows.ignored is not None
+    grad_nV = reference.raw_logits_gradient(
+        tiles.raw_logits(rows.hidden),
+        rows.labels,
+        *tiles.head[1:],
+        given.row_stats,
+        None if given.grad_logp is None else given.grad_logp.masked_fill_(rows.ignored, 0),
+        given.entropy,
+        given.grad_entropy.masked_fill_(rows.ignored, 0),
+    )
+    return _as_residual(grad_nV, rows.hidden.dtype)
+
+
+def _triton_logits_gradient(tiles: HeadTiles, rows: TileRows, given: _LogitsUpstream) -> tuple[Tensor, Tensor]:
+    raw_nV, dtype = tiles.raw_logits(rows.hidden), rows.hidden.dtype
+    out_nV = torch.empty_like(raw_nV, dtype=dtype) if dtype == torch.bfloat16 else raw_nV
+    grad_nV = triton_kernels("logprob").logits_gradient(
+        *(raw_nV, rows.labels, *tiles.head[1:], given.row_stats, given.grad_logp),
+        entropy_n=given.entropy,
+        grad_entropy_n=given.grad_entropy,
+        ignore_index=tiles.ignore_index,
+        out=out_nV,
+    )
+    scored_n = rows.labels != tiles.ignore_index  # an ignored row of hidden states may hold anything
+    if dtype != torch.float16:
+        return grad_nV, scored_n.to(raw_nV.dtype)
+    residual_nV, scale_n = _as_residual(grad_nV, dtype)
+    return residual_nV, scale_n * scored_n
 
 
 def _as_residual(grad_nV: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -400,15 +480,6 @@ def scored_rows(labels_N: Tensor, scored_index: Tensor | None, ignore_index: int
 def capturing(tensor: Tensor) -> bool:
     """Whether a CUDA graph is being captured, which no synchronisation survives."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def gather_rows(
-    hidden_ND: Tensor, labels_N: Tensor, index_n: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of a tile; one whose label is ignored becomes a zero row of label 0, so that nothing in it can leak."""
-    labels_n = labels_N[index_n]
-    ignored_n = labels_n == ignore_index
-    return hidden_ND[index_n].masked_fill_(ignored_n.unsqueeze(1), 0), labels_n.masked_fill_(ignored_n, 0), ignored_n
 
 
 def even_tiles(num_rows: int, most: int) -> list[slice]:

@@ -49,15 +49,15 @@ def exact_matmuls(device: torch.device) -> Iterator[None]:
 
 
 def select_head(op: str, hidden_ND: Tensor, weight_VD: Tensor) -> Backend:
-    """The backend of an op over an lm_head; the native one reads half-precision weights in rows, else is not asked."""
+    """The backend of an op over an lm_head; the native one reads weights in rows, else is not asked."""
     kind = backend.select(op, hidden_ND)
     in_rows = weight_VD.stride(1) == 1 or weight_VD.shape[1] <= 1
-    return kind if kind != "native" or in_rows or weight_VD.dtype == torch.float32 else "reference"
+    return kind if kind != "native" or in_rows else "reference"
 
 
 def empty_residual(kind: Backend, hidden_ND: Tensor, num_rows: int, vocabulary: int) -> Tensor:
-    """Room for a residual [R, V]; in half precision the native pass writes it transposed."""
-    if kind == "native" and hidden_ND.dtype != torch.float32:
+    """Room for a residual [R, V], which the native pass writes transposed."""
+    if kind == "native":
         return hidden_ND.new_empty(vocabulary, num_rows).t()
     return hidden_ND.new_empty(num_rows, vocabulary)
 
@@ -65,8 +65,8 @@ def empty_residual(kind: Backend, hidden_ND: Tensor, num_rows: int, vocabulary: 
 class TileCost(NamedTuple):
     """Bytes alive while a tile is worked on: a row's, for its logits, residual and pass, and once a tile."""
 
-    logits: int  # a row's logits, which in the compute dtype are also its residual
-    residual: int  # a row's residual beside them, in half precision
+    logits: int  # a row's logits, which in the compute dtype are also its residual; of a native pass what it packs
+    residual: int  # a row's residual beside them
     work: int  # temporaries of the pass, a row, over `work_rows` rows at once
     work_rows: int
     upcast: int  # a row of a half-precision weight taken up to the compute dtype
@@ -78,26 +78,21 @@ class TileCost(NamedTuple):
 
 
 def tile_cost(kind: Backend, hidden_ND: Tensor, head: Head, *, entropy: bool) -> TileCost:
-    """What a tile costs: the reference's pass has temporaries; the native one has no logits in half precision."""
+    """What a tile costs: the reference's pass has temporaries; the native one keeps logits of a slab of rows alone."""
     vocabulary, width = head.weight.shape
     dtype = reference.compute_dtype(hidden_ND)
     full_row = vocabulary * dtype.itemsize
-    half = hidden_ND.dtype != dtype
+    half_row = vocabulary * hidden_ND.dtype.itemsize if hidden_ND.dtype != dtype else 0
+    if kind == "native":
+        packed = width + 1 + (0 if _vendor_product(hidden_ND) else min(vocabulary, _PACKED_ROWS))
+        return TileCost(packed * dtype.itemsize, half_row or full_row, full_row, max(32, 2**24 // full_row), upcast=0)
     # CUDA multiplies half precision as it is, but float16 gradients of the weight pass through float32 blocks.
-    by_blocks = half and (hidden_ND.device.type == "cpu" or hidden_ND.dtype == torch.float16)
+    by_blocks = half_row and (hidden_ND.device.type == "cpu" or hidden_ND.dtype == torch.float16)
     upcast = max(1, width) * dtype.itemsize if by_blocks else 0
     # Upcast beside a row's logits: its hidden state, and its part of a column block of the residual.
     beside = upcast + dtype.itemsize if upcast else 0
-    half_row = vocabulary * hidden_ND.dtype.itemsize if half else 0
-    native_half = half and kind == "native"
     work = full_row * ((head.softcap is not None) + entropy) + half_row if kind == "reference" else 0
-    return TileCost(
-        logits=beside if native_half else full_row + beside,
-        residual=half_row,
-        work=full_row if native_half else work,
-        work_rows=max(32, 2**24 // full_row) if native_half else _work_rows(hidden_ND.device, full_row),
-        upcast=upcast,
-    )
+    return TileCost(full_row + beside, half_row, work, _work_rows(hidden_ND.device, full_row), upcast)
 
 
 def _work_rows(device: torch.device, row_bytes: int) -> int:
@@ -105,17 +100,38 @@ def _work_rows(device: torch.device, row_bytes: int) -> int:
     return max(1, (2**22 if device.type == "cpu" else 2**26) // row_bytes)
 
 
+class TileRows(NamedTuple):
+    """Rows of a tile, by position among the tokens; ``ignored`` is None where kernels look at the labels themselves."""
+
+    positions: Tensor
+    labels: Tensor
+    ignored: Tensor | None
+    hidden: Tensor
+
+
+def gather_rows(kind: Backend, hidden_ND: Tensor, labels_N: Tensor, index_n: Tensor, ignore_index: int) -> TileRows:
+    """Rows of a tile; for all but Triton's kernels one whose label is ignored becomes a zero row of label 0, so that
+    nothing in it can leak."""
+    labels_n, hidden_nD = labels_N[index_n], hidden_ND[index_n]
+    if kind == "triton":
+        return TileRows(index_n, labels_n, None, hidden_nD)
+    ignored_n = labels_n == ignore_index
+    return TileRows(
+        index_n, labels_n.masked_fill_(ignored_n, 0), ignored_n, hidden_nD.masked_fill_(ignored_n.unsqueeze(1), 0)
+    )
+
+
 class HeadTiles:
     """The lm_head over tiles of at most ``rows`` rows on one backend, whose raw logits share one buffer."""
 
-    def __init__(self, kind: Backend, head: Head, rows: int, upcast_bytes: int) -> None:
+    def __init__(self, kind: Backend, head: Head, rows: int, upcast_bytes: int, ignore_index: int) -> None:
         self.kind, self.head, self.rows, self.upcast_bytes = kind, head, rows, upcast_bytes
+        self.ignore_index = ignore_index
         self._buffer: Tensor | None = None
 
     def run(
         self,
-        hidden_nD: Tensor,
-        labels_n: Tensor,
+        rows: TileRows,
         *,
         residual: bool = False,
         entropy: bool = False,
@@ -124,16 +140,17 @@ class HeadTiles:
     ) -> TokenResidual:
         """Log-probs and what else is asked.
 
-        A residual in the compute dtype lies in ``out``, or in the logits' buffer until the next tile; in half precision
-        Triton's pass writes it to ``out``, where given.
+        A residual in the compute dtype lies in ``out``, or in the logits' buffer until the next tile, but a native one
+        in memory of its own; in half precision Triton's pass writes it to ``out``, where given.
         """
-        head, half = self.head, hidden_nD.dtype != reference.compute_dtype(hidden_nD)
-        if half and self.kind == "native":
+        head, hidden_nD = self.head, rows.hidden
+        if self.kind == "native":
             return TokenResidual(
                 *torch.ops.reprdpo_native.linear_token_residual(
-                    hidden_nD, head.weight, labels_n, *head[1:], residual, entropy, stats
+                    hidden_nD, head.weight, rows.labels, *head[1:], residual, entropy, stats
                 )
             )
+        half = hidden_nD.dtype != reference.compute_dtype(hidden_nD)
         raw_nV = self.raw_logits(hidden_nD, None if half else out)
         options: dict[str, Any] = {
             "residual_dtype": hidden_nD.dtype if residual else None,
@@ -141,14 +158,14 @@ class HeadTiles:
             "stats": stats,
         }
         if self.kind == "reference":
-            return _reference_pass(raw_nV, labels_n, head, **options)
-        if self.kind == "native":
-            return TokenResidual(
-                *torch.ops.reprdpo_native.token_residual(raw_nV, labels_n, *head[1:], *options.values())
-            )
+            return _reference_pass(raw_nV, rows.labels, head, **options)
         if half and residual:
             options["out"] = out
-        return TokenResidual(*triton_kernels("logprob").token_residual(raw_nV, labels_n, *head[1:], **options))
+        return TokenResidual(
+            *triton_kernels("logprob").token_residual(
+                raw_nV, rows.labels, *head[1:], **options, ignore_index=self.ignore_index
+            )
+        )
 
     def raw_logits(self, hidden_nD: Tensor, out: Tensor | None = None) -> Tensor:
         """``h W^T`` in the compute dtype, from exact products, in ``out`` or the buffer."""
@@ -202,22 +219,31 @@ def _reference_pass(
     return TokenResidual(logp_n, row_stats_3n, entropy_n, top1_n, mean_n, residual_nV)
 
 
+# Rows of the weight that the native ``G W`` packs the residual of at once, in the compute dtype.
+_PACKED_ROWS = 4096
+
 # The two products of a residual G with row scales a. Half-precision operands go to the vendor's GEMM as they are where
 # it accumulates in float32; its output is rounded once.
 
 
-def hidden_product(residual_nV: Tensor, weight_VD: Tensor, upcast_bytes: int) -> Tensor:
+def hidden_product(kind: Backend, residual_nV: Tensor, weight_VD: Tensor, upcast_bytes: int) -> Tensor:
     """``G W`` [n, D], in the compute dtype, or in bfloat16 where the CPU's GEMM rounds to it."""
     dtype = reference.compute_dtype(weight_VD)
-    if weight_VD.dtype == dtype or _rounding_gemm(residual_nV):
+    undo = HALF_RESIDUAL_SCALE if weight_VD.dtype == torch.float16 else 1.0
+    if _vendor_product(residual_nV):
         return residual_nV @ weight_VD
+    if kind == "native":
+        product_nD = residual_nV.new_empty(residual_nV.shape[0], weight_VD.shape[1], dtype=dtype)
+        scale_n = product_nD.new_full((residual_nV.shape[0],), 1.0 / undo)
+        torch.ops.reprdpo_native.residual_hidden_grad(residual_nV, weight_VD, scale_n, product_nD)
+        return product_nD
     if residual_nV.is_cuda:
         product_nD = torch.mm(residual_nV, weight_VD, out_dtype=dtype)
     else:
         product_nD = residual_nV.new_zeros(residual_nV.shape[0], weight_VD.shape[1], dtype=dtype)
         for columns in _weight_blocks(weight_VD, residual_nV.shape[0], upcast_bytes):
             product_nD.addmm_(residual_nV[:, columns].to(dtype), weight_VD[columns].to(dtype))
-    return product_nD.div_(HALF_RESIDUAL_SCALE) if weight_VD.dtype == torch.float16 else product_nD
+    return product_nD if undo == 1.0 else product_nD.div_(undo)
 
 
 def scaled_rows(rows_nD: Tensor, scale_n: Tensor, dtype: torch.dtype) -> Tensor:
@@ -243,7 +269,7 @@ class GradientSum:
         upcast_bytes: int,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.kind, self.head, self.needs = kind, head, needs
+        self.kind, self.head, self.needs, self.tokens = kind, head, needs, hidden_ND
         self.single_tile, self.upcast_bytes = single_tile, upcast_bytes
         self.dtype = dtype or hidden_ND.dtype
         self.bias_dtype = dtype if head.bias is None or dtype else head.bias.dtype
@@ -251,19 +277,24 @@ class GradientSum:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
-    def add(self, residual_nV: Tensor, scale_n: Tensor, hidden_nD: Tensor, index_n: Tensor) -> None:
-        """A tile of rows at ``index_n``, whose raw logits have the gradient ``a G``."""
+    def add(self, residual_nV: Tensor, scale_n: Tensor, index_n: Tensor, hidden_nD: Tensor | None) -> None:
+        """A tile of rows at ``index_n``, whose raw logits have the gradient ``a G``; Triton needs no hidden states."""
         if self.needs.hidden:
-            rows_nD = hidden_product(residual_nV, self.head.weight, self.upcast_bytes)
-            if self.kind == "triton":
-                triton_kernels("linear_logprob").scatter_hidden_grad(rows_nD, index_n, scale_n, self.hidden)
-            else:
-                self.hidden.index_copy_(0, index_n, scaled_rows(rows_nD, scale_n, self.dtype))
+            self.add_hidden(
+                hidden_product(self.kind, residual_nV, self.head.weight, self.upcast_bytes), scale_n, index_n
+            )
         if self.needs.weight:
-            self._add_weight(residual_nV, scale_n, hidden_nD)
+            self._add_weight(residual_nV, scale_n, index_n, hidden_nD)
         if self.needs.bias:
             bias_V = _column_sum(residual_nV, scale_n)
             self.bias = bias_V if self.bias is None else self.bias.add_(bias_V)
+
+    def add_hidden(self, product_nD: Tensor, scale_n: Tensor, index_n: Tensor) -> None:
+        """``a * (G W)`` to its rows."""
+        if self.kind == "triton":
+            triton_kernels("linear_logprob").scatter_hidden_grad(product_nD, index_n, scale_n, self.hidden)
+        else:
+            self.hidden.index_copy_(0, index_n, scaled_rows(product_nD, scale_n, self.dtype))
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The three gradients: zero where no tile came, empty for an input that does not ask."""
@@ -276,53 +307,73 @@ class GradientSum:
             bias_grad = (torch.zeros_like(bias_V) if self.bias is None else self.bias).to(self.bias_dtype)
         return self.hidden, weight_grad, bias_grad
 
-    def _add_weight(self, residual_nV: Tensor, scale_n: Tensor, hidden_nD: Tensor) -> None:
+    def _add_weight(self, residual_nV: Tensor, scale_n: Tensor, index_n: Tensor, hidden_nD: Tensor | None) -> None:
         """``G^T (a * H)``."""
         compute, dtype = scale_n.dtype, self.head.weight.dtype
         whole = dtype == compute or (dtype == torch.bfloat16 and residual_nV.is_cuda)
-        first = self.weight is None
-        native = self.kind == "native" and dtype != compute
+        first, native = self.weight is None, self.kind == "native"
         if self.single_tile and not native and (whole or _rounding_gemm(residual_nV)):
-            self.weight = torch.mm(residual_nV.t(), scaled_rows(hidden_nD, scale_n, dtype))
+            self.weight = torch.mm(residual_nV.t(), self._scaled_hidden(scale_n, index_n, hidden_nD, dtype))
             return
         if self.weight is None:
-            self.weight = hidden_nD.new_empty(self.head.weight.shape, dtype=self.dtype if self.single_tile else compute)
+            self.weight = residual_nV.new_empty(
+                self.head.weight.shape, dtype=self.dtype if self.single_tile else compute
+            )
         if native:
             if dtype == torch.float16:
                 scale_n = scale_n / HALF_RESIDUAL_SCALE
             torch.ops.reprdpo_native.residual_weight_grad(residual_nV, hidden_nD, scale_n, self.weight, not first)
             return
         if whole:
-            rows_nD = scaled_rows(hidden_nD, scale_n, dtype)
+            rows_nD = self._scaled_hidden(scale_n, index_n, hidden_nD, dtype)
             options: dict[str, Any] = {} if dtype == compute else {"out_dtype": compute}
             # With beta = 0 what the fresh memory holds is not read.
             torch.addmm(self.weight, residual_nV.t(), rows_nD, beta=0 if first else 1, out=self.weight, **options)
             return
-        for columns, product_vD in self._weight_products(residual_nV, scale_n, hidden_nD):
-            if first:
-                self.weight[columns] = product_vD
-            else:
-                self.weight[columns] += product_vD
-
-    def _weight_products(
-        self, residual_nV: Tensor, scale_n: Tensor, hidden_nD: Tensor
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """``G^T (a * H)`` in the compute dtype, some rows of the weight at a time."""
-        compute, dtype = scale_n.dtype, self.head.weight.dtype
-        rows_nD, undo = scaled_rows(hidden_nD, scale_n, compute), torch.ones_like(scale_n[:1])
-        if residual_nV.is_cuda:
-            # float16 rows, brought up by the power of two that makes the largest |a| about 1.
-            exponent = torch.frexp(scale_n.abs().amax()).exponent
-            rows_nD, undo = rows_nD.ldexp_(-exponent).to(dtype), torch.ldexp(undo, exponent)
-        if dtype == torch.float16:
-            undo = undo / HALF_RESIDUAL_SCALE
+        rows_nD, undo = self._rows_in_reach(residual_nV, scale_n, index_n, hidden_nD)
         for columns in _weight_blocks(self.head.weight, residual_nV.shape[0], self.upcast_bytes):
             block_vn = residual_nV[:, columns].t()
             if residual_nV.is_cuda:
                 product_vD = torch.mm(block_vn, rows_nD, out_dtype=compute)
             else:
-                product_vD = block_vn.to(compute) @ rows_nD
-            yield columns, product_vD if dtype != torch.float16 else product_vD.mul_(undo)
+                product_vD = block_vn.to(compute) @ rows_nD.to(compute)
+            if undo is not None:
+                product_vD *= undo
+            if first:
+                self.weight[columns] = product_vD
+            else:
+                self.weight[columns] += product_vD
+
+    def _scaled_hidden(
+        self,
+        scale_n: Tensor,
+        index_n: Tensor,
+        hidden_nD: Tensor | None,
+        dtype: torch.dtype,
+        power: Tensor | None = None,
+    ) -> Tensor:
+        """``a * H``, brought up by a power of two where one is given."""
+        if self.kind == "triton":
+            return triton_kernels("linear_logprob").scale_hidden(self.tokens, index_n, scale_n, dtype, power=power)
+        assert hidden_nD is not None
+        return scaled_rows(hidden_nD, scale_n if power is None else scale_n * power, dtype)
+
+    def _rows_in_reach(
+        self, residual_nV: Tensor, scale_n: Tensor, index_n: Tensor, hidden_nD: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """``a * H`` for a product by blocks, and what undoes the powers of two in it and in a float16 residual.
+
+        CUDA multiplies it in float16, brought up by the power that makes the largest |a| about 1.
+        """
+        if self.head.weight.dtype != torch.float16:
+            return self._scaled_hidden(scale_n, index_n, hidden_nD, scale_n.dtype), None
+        if not residual_nV.is_cuda:
+            undo = scale_n.new_full((1,), 1.0 / HALF_RESIDUAL_SCALE)
+            return self._scaled_hidden(scale_n, index_n, hidden_nD, scale_n.dtype), undo
+        one = torch.ones_like(scale_n[:1])
+        exponent = torch.frexp(scale_n.abs().amax()).exponent
+        rows_nD = self._scaled_hidden(scale_n, index_n, hidden_nD, torch.float16, torch.ldexp(one, -exponent))
+        return rows_nD, torch.ldexp(one, exponent) / HALF_RESIDUAL_SCALE
 
 
 def _column_sum(residual_nV: Tensor, scale_n: Tensor) -> Tensor:
@@ -332,6 +383,11 @@ def _column_sum(residual_nV: Tensor, scale_n: Tensor) -> Tensor:
     for residual_rV, scale_r in zip(residual_nV.split(rows), scale_n.split(rows), strict=True):
         total_V += scale_r @ residual_rV.to(scale_n.dtype)
     return total_V.div_(HALF_RESIDUAL_SCALE) if residual_nV.dtype == torch.float16 else total_V
+
+
+def _vendor_product(tensor: Tensor) -> bool:
+    """Whether the vendor's GEMM multiplies the residual of such hidden states as it is, into the same dtype."""
+    return tensor.dtype == reference.compute_dtype(tensor) or _rounding_gemm(tensor)
 
 
 def _rounding_gemm(tensor: Tensor) -> bool:

@@ -170,7 +170,7 @@ def _sequences(
         if sequence_ids is not None or num_sequences is not None:
             raise ValueError("sequence_ids and num_sequences go with packed hidden [N, D], not with padded [S, T, D]")
         num_sequences, length = hidden.shape[:2]
-        sequence_ids = torch.arange(num_sequences, device=hidden.device).repeat_interleave(length)
+        sequence_ids = torch.arange(num_sequences, device=hidden.device).unsqueeze(1).expand(-1, length).reshape(-1)
     elif sequence_ids is None or num_sequences is None:
         raise ValueError("packed hidden [N, D] needs sequence_ids and num_sequences")
     checks.check_integer_dtype("sequence_ids", sequence_ids)
@@ -364,8 +364,7 @@ def _linear_preference_loss(
     token_stats = (tokens.entropy, tokens.top1, tokens.mean_logit) if return_stats else ()
     terms = _sequence_terms(kind, tokens.logp, sequence_ids, labels, options, ignore_index, token_stats)
     loss = terms.loss if reduction == "none" else _over_pairs(terms.loss.sum(), reduction, num_sequences)
-    # An op's outputs must not share memory, which a kernel's do.
-    return loss, *(value.clone() for value in terms[1:4]), terms.means, *_kept(tokens), *gradients
+    return loss, *terms[1:], *_kept(tokens), *gradients
 
 
 def _over_pairs(value: Tensor, reduction: str, num_sequences: int) -> Tensor:
@@ -431,11 +430,12 @@ def _linear_preference_loss_backward(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pairs = slope.shape[0] // 2
-    grad_S = _over_pairs(grad_loss, reduction, 2 * pairs) * slope.view(2, pairs)
+    kind, pairs = select_head("linear_preference_loss", hidden, weight), slope.shape[0] // 2
+    grad_S = (_over_pairs(grad_loss, reduction, 2 * pairs) * slope.view(2, pairs)).reshape(-1)
+    by_sequence = kind == "triton"
     return head_backward(
-        select_head("linear_preference_loss", hidden, weight),
-        _token_gradients(grad_S.reshape(-1), sequence_ids, labels, ignore_index),
+        kind,
+        grad_S if by_sequence else _token_gradients(grad_S, sequence_ids, labels, ignore_index),
         None,
         hidden,
         Head(weight, bias, logit_scale, softcap, temperature),
@@ -448,6 +448,7 @@ def _linear_preference_loss_backward(
         Needs(hidden_grad, weight_grad, bias_grad),
         ignore_index=ignore_index,
         max_tile_bytes=max_tile_bytes,
+        sequence_ids_N=sequence_ids if by_sequence else None,
     )
 
 
@@ -474,9 +475,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     # Not saved tensors: the first backward takes them, scales them where they lie and hands them on, with no copy.
     ctx.finished = {position: grad for position, grad in enumerate(gradients) if grad.numel()}
     ctx.mark_non_differentiable(logp, reward, slope, stats, row_stats, residual, hidden_rows, *gradients)
+    ctx.set_materialize_grads(False)  # else zeros as large as the residual come with the loss's gradient
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return (None,) * 24
     if grad_loss.requires_grad:
         raise NotImplementedError("linear_preference_loss has no second derivative")
     needs = ctx.needs_input_grad[:3]

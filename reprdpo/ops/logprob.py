@@ -114,8 +114,7 @@ def _logprob(
     if kind == "native":
         return torch.ops.reprdpo_native.logprob(logits, labels, temperature, ignore_index)
     if kind == "triton":
-        logp_N, row_stats_3N = triton_kernels("logprob").logprob_forward(logits, labels, temperature, ignore_index)
-        return logp_N.clone(), row_stats_3N.clone()  # an op's outputs must not share memory
+        return triton_kernels("logprob").logprob_forward(logits, labels, temperature, ignore_index)
     logp_N, row_stats_3N = _empty_outputs(logits)
     for rows, tile_nV, labels_n, ignored_n in _tiles(logits, labels, ignore_index):
         tile = reference.token_logprob(tile_nV.div_(temperature), labels_n)

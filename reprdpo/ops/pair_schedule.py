@@ -16,13 +16,12 @@ from reprdpo.ops.head_schedule import (
     capturing,
     empty_forward,
     even_tiles,
-    gather_rows,
     planned_rows,
     row_scale,
     scored_rows,
     write_tokens,
 )
-from reprdpo.ops.head_tiles import GradientSum, HeadTiles, Needs, exact_matmuls
+from reprdpo.ops.head_tiles import GradientSum, HeadTiles, Needs, TileRows, exact_matmuls, gather_rows, triton_kernels
 from reprdpo.ops.reference import Head, TokenResidual
 
 # Log-probs, sequences and labels [n] of the rows of some pairs, to the loss's derivatives by those log-probs [n].
@@ -64,7 +63,7 @@ def pair_forward(
     groups = pair_groups(index_R, sequence_ids_N[index_R], num_sequences, plan.rows)
     pieces = [even_tiles(group.rows.shape[0], plan.rows) for group in groups]
     largest = max((rows.stop - rows.start for parts in pieces for rows in parts), default=0)
-    tiles = HeadTiles(kind, head, largest, plan.upcast_bytes)
+    tiles = HeadTiles(kind, head, largest, plan.upcast_bytes, ignore_index)
     total = GradientSum(
         kind,
         hidden_ND,
@@ -76,18 +75,23 @@ def pair_forward(
     )
 
     # Functions, so that a tile's tensors are gone before the next tile's are made.
-    def make(index_n: Tensor, *, residual: bool, outputs: bool) -> tuple[TokenResidual, Tensor, Tensor, Tensor]:
-        hidden_nD, labels_n, ignored_n = gather_rows(hidden_ND, labels_N, index_n, ignore_index)
+    def make(index_n: Tensor, *, residual: bool, outputs: bool) -> tuple[TokenResidual, TileRows]:
+        rows = gather_rows(kind, hidden_ND, labels_N, index_n, ignore_index)
         with_stats = outputs and stats
-        tile = tiles.run(hidden_nD, labels_n, residual=residual, entropy=with_stats, stats=with_stats)
+        tile = tiles.run(rows, residual=residual, entropy=with_stats, stats=with_stats)
         if outputs:
-            write_tokens(out, tile, index_n, ignored_n)
-        return tile, hidden_nD, labels_n, ignored_n
+            write_tokens(out, tile, rows)
+        return tile, rows
 
-    def add(made: tuple[TokenResidual, Tensor, Tensor, Tensor], index_n: Tensor, grad_n: Tensor) -> None:
-        tile, hidden_nD, labels_n, ignored_n = made
-        scale_n = row_scale(grad_n, ignored_n, labels_n, tile.row_stats, head)
-        total.add(tile.residual, scale_n, hidden_nD, index_n)
+    def add(tile: TokenResidual, rows: TileRows, grad_n: Tensor) -> None:
+        if kind == "triton":
+            factor = head.logit_scale / head.temperature
+            scale_n = triton_kernels("linear_logprob").row_scales(
+                grad_n, None, rows.labels, tile.row_stats, factor, ignore_index=ignore_index
+            )
+        else:
+            scale_n = row_scale(grad_n, rows, tile.row_stats, head)
+        total.add(tile.residual, scale_n, rows.positions, rows.hidden)
 
     def token_gradients(group: PairGroup) -> Tensor:
         return slopes(out.logp[group.rows], group.sequence_ids, labels_N[group.rows], group.pairs)
@@ -96,15 +100,14 @@ def pair_forward(
         for group, parts in zip(groups, pieces, strict=True):
             if len(parts) == 1:
                 made = make(group.rows, residual=True, outputs=True)
-                add(made, group.rows, token_gradients(group))
+                add(*made, token_gradients(group))
                 del made
                 continue
             for rows in parts:
                 make(group.rows[rows], residual=False, outputs=True)
             grad_n = token_gradients(group)
             for rows in parts:
-                index_n = group.rows[rows]
-                add(make(index_n, residual=True, outputs=False), index_n, grad_n[rows])
+                add(*make(group.rows[rows], residual=True, outputs=False), grad_n[rows])
     return out, total.finish()
 
 

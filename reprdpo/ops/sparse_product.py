@@ -52,7 +52,7 @@ def sparse_hidden_product(
     for block_rV in residual_nV.split(rows):
         threshold_r = reference.mass_threshold(block_rV, mass_eps * scale)
         block_rV.masked_fill_(block_rV.abs() < threshold_r.unsqueeze(1), 0)
-    return hidden_product(residual_nV, weight_VD, upcast_bytes)
+    return hidden_product("reference", residual_nV, weight_VD, upcast_bytes)
 
 
 def _native_product(residual_nV: Tensor, weight_VD: Tensor, mass_eps: float, upcast_bytes: int) -> Tensor:
@@ -63,7 +63,7 @@ def _native_product(residual_nV: Tensor, weight_VD: Tensor, mass_eps: float, upc
     if flat_m.shape[0] == 0:
         return product_nD
     if 2 * flat_m.shape[0] > residual_nV.shape[0]:  # gathering them would cost what it saves
-        dense_nD = hidden_product(residual_nV, weight_VD, upcast_bytes).to(product_nD.dtype)
+        dense_nD = hidden_product("reference", residual_nV, weight_VD, upcast_bytes).to(product_nD.dtype)
         return torch.where((kept_n < 0).unsqueeze(1), dense_nD, product_nD)
-    dense_mD = hidden_product(residual_nV[flat_m], weight_VD, upcast_bytes)
+    dense_mD = hidden_product("reference", residual_nV[flat_m], weight_VD, upcast_bytes)
     return product_nD.index_copy_(0, flat_m, dense_mD.to(product_nD.dtype))

@@ -93,7 +93,7 @@ def test_logits_gradient(block, capability):
 
 @ARCHITECTURES
 def test_row_scales(capability):
-    assert_fits(linear_logprob._row_scales_kernel, {"INDEX": True, "BLOCK": 256}, capability, 4)
+    assert_fits(linear_logprob._row_scales_kernel, {"INDEX": True, "SEQUENCES": True, "BLOCK": 256}, capability, 4)
     for gather, block in itertools.product((False, True), (128, 4096)):
         options = {"GATHER": gather, "SCATTER": not gather, "POWER": gather, "BLOCK": block}
         assert_fits(linear_logprob._scale_rows_kernel, options, capability, max(1, block // 1024), out_ptr="*bf16:16")

@@ -1,8 +1,12 @@
 """Every path of the schedule: how many matmuls it takes, and that all give the same numbers, to rounding."""
 
+import collections
+import importlib
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reprdpo.ops import backends, linear_logprob, linear_preference_loss, use_backend
 
@@ -253,3 +257,135 @@ def test_training_a_small_llama_gives_the_losses_of_eager_float32():
             )
         )
         torch.testing.assert_close(fused, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("probability", [0.98, 0.999, 1 - 1e-6])
+@pytest.mark.parametrize("path", ["recompute", "frozen", "pairs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peaked_softmax_does_not_cancel_on_any_path(path, probability, dtype):
+    hidden, weight, labels, scored = batch([60, 0, 50, 40])
+    at = labels.clamp(min=0)
+    with torch.no_grad():
+        for _ in range(400):  # hidden += k W[y], until the target has the mass wanted
+            p = (hidden.double() @ weight.double().t()).softmax(-1).gather(-1, at[..., None])
+            hidden += torch.where(p < probability, 0.1, 0.0) * weight[at]
+    hidden, weight = hidden.detach().to(dtype).requires_grad_(), weight.detach().to(dtype).requires_grad_()
+    # What a hinge of confidence 0 sends each log-prob here, where its margin is far on the wrong side.
+    upstream = torch.tensor([1.0, 1.0, -1.0, -1.0]).unsqueeze(1).expand(labels.shape)
+    _, wanted = exact_gradients(hidden, weight, labels, {}, upstream)
+    weight.requires_grad_(path != "frozen")
+    asked = [x for x in (hidden, weight) if x.requires_grad]
+    options = {"scored_index": scored, "max_tile_bytes": 70 * 2 * row_bytes(dtype)}
+    if path == "pairs":
+        refs = {"ref_chosen_logp": torch.full((2,), -100.0), "ref_rejected_logp": torch.zeros(2)}
+        hinge = {"beta": 1.0, "loss_type": "hinge", "confidence": 0.0, "reduction": "sum"}
+        grads = torch.autograd.grad(
+            linear_preference_loss(hidden, weight, labels, **hinge, **refs, **options).loss, asked
+        )
+    else:
+        grads = torch.autograd.grad(linear_logprob(hidden, weight, labels, **options), asked, upstream)
+    for mine, truth in zip(grads, wanted, strict=False):
+        assert (mine - truth).norm() <= max(1e-4, 2 * torch.finfo(dtype).eps) * truth.norm()
+
+
+def test_tiles_of_pairs_compile_whole():
+    hidden, weight, labels, scored = batch([30, 20, 10, 30])
+    budget = 60 * row_bytes(torch.float32)
+
+    def step(hidden, weight):
+        return linear_preference_loss(
+            hidden, weight, labels, beta=0.5, loss_type="simpo", scored_index=scored, max_tile_bytes=budget
+        ).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(hidden, weight), step(hidden, weight))
+    torch.testing.assert_close(
+        torch.autograd.grad(0.7 * compiled(hidden, weight), (hidden, weight)),
+        torch.autograd.grad(0.7 * step(hidden, weight), (hidden, weight)),
+    )
+
+
+class Launches(TorchDispatchMode):
+    """Operations that would each launch a kernel: all but views and allocations, and Triton's own."""
+
+    FREE = ("empty", "view", "expand", "slice", "select", "unsqueeze", "squeeze", "t", "transpose", "detach", "alias")
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+        self.inside = 0
+        self.patch = pytest.MonkeyPatch()
+
+    def __enter__(self):
+        interpreter = importlib.import_module("triton.runtime.interpreter")
+        original = interpreter.GridExecutor.__call__
+
+        def launch(executor, *args, **kwargs):
+            self.counts[executor.fn.__name__] += 1
+            self.inside += 1
+            try:
+                return original(executor, *args, **kwargs)
+            finally:
+                self.inside -= 1
+
+        self.patch.setattr(interpreter.GridExecutor, "__call__", launch)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        out = func(*args, **(kwargs or {}))
+        free = name in self.FREE or name.startswith(("new_empty", "empty_", "_unsafe_view", "as_strided", "unbind"))
+        free = free or (isinstance(out, torch.Tensor) and out.numel() == 0)
+        if not self.inside and func.namespace == "aten" and not free:
+            self.counts[name] += 1
+        return out
+
+
+@pytest.mark.interpreter
+def test_launches_on_triton():
+    """Two matmuls and six launches take the gradients from the residual; all else of a step is numbers a token."""
+    hidden, weight, labels, scored = batch([2, 2])
+    hidden, weight = hidden.detach().reshape(-1, D), weight.detach()
+    ids = torch.arange(2).repeat_interleave(labels.shape[1])
+    head = (hidden, weight, None, labels.reshape(-1))
+    # The bodies of the ops: a dispatch mode does not look into them.
+    linear_preference = importlib.import_module("reprdpo.ops.linear_preference")
+    loss = (None, None, torch.ones(1), 2, 0.5, ["simpo"], [1.0], 0.5, "mean", 1.0, None, 1.0, IGNORED, False, None)
+    with use_backend("triton"):
+        with Launches() as forward:
+            out = linear_preference._linear_preference_loss._init_fn(*head, ids, scored, *loss, True, True, False)
+        _, _, _, slope, _, *kept = out
+        rest = (ids, scored, "mean", 1.0, None, 1.0, IGNORED, None, True, True, False)
+        one = torch.ones(())
+        with Launches() as backward:
+            linear_preference._linear_preference_loss_backward._init_fn(one, slope, *kept[:3], *head, *rest)
+    assert forward.counts["mm"] == 1
+    assert forward.counts["_token_residual_kernel"] == forward.counts["_sequence_preference_kernel"] == 1
+    assert forward.counts.total() <= 9
+    assert backward.counts["mm"] == 2
+    assert backward.counts["_row_scales_kernel"] == 1
+    assert backward.counts["_scale_rows_kernel"] == 2
+    assert backward.counts.total() <= 8
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_entropy_upstream_and_ignored_rows_on_triton(dtype):
+    """Rows named by the index but ignored (as under graph capture) may hold anything, whatever is sent upstream."""
+    hidden, weight, labels, _ = batch([2, 1], dtype)
+    with torch.no_grad():
+        hidden[labels == IGNORED] = torch.nan
+    everything, upstream = torch.arange(labels.numel()), torch.randn(2, *labels.shape)
+    results = []
+    for kind, scored in (("triton", everything), ("reference", None)):
+        with use_backend(kind):
+            out = linear_logprob(hidden, weight, labels, scored_index=scored, softcap=3.0, return_entropy=True)
+            both = torch.stack([out.logprob, out.entropy])
+            log_probs = torch.autograd.grad(out.logprob, (hidden, weight), upstream[0], retain_graph=True)
+            results.append([both.detach(), *log_probs, *torch.autograd.grad(both, (hidden, weight), upstream)])
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine - theirs).norm() <= max(2e-6, 2 * torch.finfo(dtype).eps) * theirs.norm()

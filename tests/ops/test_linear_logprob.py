@@ -1,5 +1,6 @@
 """linear_logprob against eager PyTorch in float64: values, gradients, memory, and the defects peers had."""
 
+import importlib
 import weakref
 
 import pytest
@@ -101,6 +102,28 @@ def test_bf16_at_model_size_is_within_a_tenth_of_a_millinat():
     assert error.square().mean().sqrt() <= 1e-4
 
 
+def test_bf16_gradients_at_model_size_are_within_twice_eager():
+    rows, width, vocabulary = 6, 4096, 32000
+    hidden = torch.randn(rows, width).bfloat16().requires_grad_()
+    weight = torch.empty(vocabulary, width, dtype=torch.bfloat16).normal_(0, 2 / width**0.5).requires_grad_()
+    labels, upstream = torch.randint(0, vocabulary, (rows,)), torch.randn(rows)
+    ours = torch.autograd.grad(linear_logprob(hidden, weight, labels), (hidden, weight), upstream)
+    peers = torch.autograd.grad(eager(hidden, weight, labels)[0], (hidden, weight), upstream.bfloat16())
+    with torch.no_grad():
+        exact_in = hidden.double()
+        logits = torch.cat([exact_in @ block.double().t() for block in weight.split(4000)], dim=1)
+        grad = -logits.softmax(1)
+        grad[torch.arange(rows), labels] += 1
+        grad *= upstream.double().unsqueeze(1)
+        blocks = list(zip(grad.split(4000, 1), *(x.split(4000) for x in (weight, ours[1], peers[1])), strict=True))
+        truth = sum(part @ block.double() for part, block, _, _ in blocks)
+        assert (ours[0] - truth).norm() <= 2 * (peers[0] - truth).norm()
+        errors = torch.tensor(
+            [[(x - part.t() @ exact_in).square().sum() for x in (mine, theirs)] for part, _, mine, theirs in blocks]
+        )
+    assert errors.sum(0)[0] <= 4 * errors.sum(0)[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("probability", [0.98, 0.999, 1 - 1e-6])
 def test_peaked_softmax_does_not_cancel(dtype, probability):
@@ -169,6 +192,26 @@ def test_logits_alive_stay_within_the_budget(dtype, entropy, softcap, needs, bud
     with LiveBytes(hidden, weight, out.residual, out.hidden_rows) as live:
         head_backward(kind, grad, grad if entropy else None, *arguments, **options)
     assert kept + live.peak <= budget + small
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_of_pairs_stay_within_the_budget(dtype):
+    width, vocabulary, lengths = 4, 2000, [30, 10, 25, 40, 20, 15]
+    hidden, weight, _, _ = make(sum(lengths), width, vocabulary, dtype)
+    hidden, weight, labels = hidden.detach(), weight.detach(), torch.randint(0, vocabulary, (sum(lengths),))
+    ids, options = torch.arange(6).repeat_interleave(torch.tensor(lengths)), (0.5, ["simpo"], [1.0], 0.5, "mean")
+    head, loss = (1.0, None, 1.0, -100, False), (None, None, torch.ones(3), 6, *options)
+    budget = 80 * vocabulary * (4 if dtype == torch.float32 else 8)
+    small = 16 * sum(lengths) * (width + 12) + (8 + weight.itemsize) * (weight.numel() + vocabulary)
+    with use_backend("reference"), LiveBytes(hidden, weight) as live:
+        # Its body: a dispatch mode does not look into an op.
+        op = importlib.import_module("reprdpo.ops.linear_preference")._linear_preference_loss._init_fn
+        out = op(
+            *(hidden, weight, None, labels, ids, torch.arange(len(labels)), *loss, *head, budget, True, True, False)
+        )
+    assert out[6].numel() == 0  # no residual is kept: the gradients are finished
+    assert out[9].shape == weight.shape
+    assert budget / 3 < live.peak <= budget + small
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reprdpo.ops import logprob
+from reprdpo.ops import backends, logprob, use_backend
 
 
 def make(rows=11, vocabulary=7, dtype=torch.float64):
@@ -91,6 +91,45 @@ def test_inplace_backward_reuses_the_logits_and_refuses_a_second_pass():
     assert grad.data_ptr() == logits.data_ptr()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(out.sum(), logits)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", pytest.param("triton", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_every_backend_matches_eager(backend, dtype, inplace):
+    if not (status := backends()[backend]).available:
+        pytest.skip(status.reason)
+    logits, labels = make(9, 131)
+    logits = (3 * logits.detach()).to(dtype).requires_grad_()
+    exact_in = logits.detach().double().requires_grad_()
+    exact, upstream = eager(exact_in, labels, 0.7), torch.randn(9)
+    with use_backend(backend):
+        ours = logprob(logits * 1.0, labels, temperature=0.7, inplace_backward=inplace)
+        (grad,) = torch.autograd.grad(ours, logits, upstream)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    (truth,) = torch.autograd.grad(exact, exact_in, upstream.double())
+    assert (grad - truth).norm() <= max(1e-6, torch.finfo(dtype).eps) * truth.norm()
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_addresses_past_two_to_the_31(backend, dtype):
+    """Logits whose rows lie 2^27 elements apart: memory is reserved, hardly any is touched."""
+    if not (status := backends()[backend]).available:
+        pytest.skip(status.reason)
+    stride, rows = 2**27, 20
+    try:
+        storage = torch.empty((rows - 1) * stride + 50, dtype=dtype)
+    except RuntimeError:
+        pytest.skip("this machine does not reserve 10 GB")
+    near = torch.randn(rows, 50).to(dtype).requires_grad_()
+    far = storage.as_strided((rows, 50), (stride, 1)).copy_(near.detach())
+    labels = torch.randint(0, 50, (rows,))
+    with use_backend(backend):
+        logp, row_stats = torch.ops.reprdpo.logprob(far, labels, 1.0, -100, False)
+        torch.testing.assert_close(logp, logprob(near, labels))
+        torch.ops.reprdpo.logprob_backward_(torch.ones(rows), far, labels, row_stats, 1.0, -100)
+        torch.testing.assert_close(far, torch.autograd.grad(logprob(near, labels).sum(), near)[0])
 
 
 def test_shapes_and_strides():
