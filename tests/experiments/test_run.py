@@ -122,6 +122,7 @@ def test_a_run_stopped_in_the_middle_ends_as_an_unbroken_one(
         ]
 
 
+@pytest.mark.slow
 def test_a_run_killed_goes_on_with_the_same_command(tiny_run: Path, cache_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "reprdpo.cli", "demo", "--scale", "tiny", "--output_dir", str(tmp_path / "run")]
     environment = {**os.environ, "REPRDPO_CACHE": str(cache_dir), "OMP_NUM_THREADS": "1"}

@@ -237,6 +237,8 @@ def test_accumulating_equals_the_larger_batch(
     weighted = ("entropy", "logits/", "mean_token_accuracy")  # TRL's means of the means of micro-batches
     for large, small in zip(*(end[1] for end in ends), strict=True):
         kept = {name: value for name, value in large.items() if not name.startswith(weighted)}
+        if large["step"] == 1:  # policy and reference tie but for rounding
+            kept.pop("rewards/accuracies", None)
         assert {name: small[name] for name in kept} == pytest.approx(kept, rel=1e-3, abs=1e-4)
 
 

@@ -48,6 +48,7 @@ def train(folder: str, model_dir: str, rows: list[dict[str, str]], size: int) ->
     return lines, trainer.reward.state_dict()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path, model_dir: str, pairs: Dataset, make_reward: Callable[..., Any]) -> None:
     arguments = (str(tmp_path), model_dir, list(pairs))
     make_reward().save_pretrained(tmp_path / "reward")

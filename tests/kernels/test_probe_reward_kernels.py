@@ -96,7 +96,9 @@ def test_several_sequences_a_program(monkeypatch, gate, B):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("squash", [False, True])
 @pytest.mark.parametrize("floor", [None, 0.4])
-@pytest.mark.parametrize("pairs", [1, 3, 130])  # 130: more than a block of the batch mean
+@pytest.mark.parametrize(
+    "pairs", [1, 3, pytest.param(130, marks=pytest.mark.slow)]
+)  # 130: more than a block of the batch mean
 def test_confidence(squash, floor, pairs):
     hidden = [torch.randn(2 * pairs, 1, 4) for _ in range(2)]
     index, parameters = torch.zeros(2 * pairs, dtype=torch.int64), make_parameters("softmax", 2, 4)

@@ -173,7 +173,7 @@ def test_no_row_and_a_vocabulary_of_one(backend):
 
 def test_float32_weight_in_columns():
     hidden, weight, labels = make(40, 64, 900, 6.0)
-    _, rows = hidden_gradient("auto", hidden, weight, labels, gradient_mass_eps=0.01)
+    _, rows = hidden_gradient("reference", hidden, weight, labels, gradient_mass_eps=0.01)
     _, columns = hidden_gradient("auto", hidden, weight.t().contiguous().t(), labels, gradient_mass_eps=0.01)
     torch.testing.assert_close(columns, rows, rtol=1e-4, atol=1e-6)
 

@@ -15,8 +15,13 @@ from reprdpo.reward import HiddenStateTap
 from reprdpo.training import ReprDPOTrainer
 
 NAMES = ("lora", "ckpt", "bf16", "compile")
+# Compiling takes seconds a case: one with everything stands for the rest outside the slow tests.
 CASES = [
-    pytest.param(*case, id="-".join(itertools.compress(NAMES, case)) or "plain")
+    pytest.param(
+        *case,
+        id="-".join(itertools.compress(NAMES, case)) or "plain",
+        marks=[pytest.mark.slow] if case[-1] and not all(case) else [],
+    )
     for case in itertools.product((False, True), repeat=4)
 ]
 

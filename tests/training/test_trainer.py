@@ -35,6 +35,11 @@ def logged(output_dir: str | Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if not name.startswith("cost/")} for line in lines]
 
 
+def untied(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the accuracy of the first step, where policy and reference tie but for rounding."""
+    return [{name: v for name, v in line.items() if line["step"] > 1 or name != "rewards/accuracies"} for line in lines]
+
+
 def parameters(module: torch.nn.Module) -> list[Tensor]:
     return [value.detach().clone() for value in module.state_dict().values()]
 
@@ -122,7 +127,7 @@ def test_accumulating_equals_the_larger_batch(
         ends.append((parameters(trainer.model), parameters(reward), logged(config.output_dir)))
     for large, small in zip(*(end[0] + end[1] for end in ends), strict=True):
         assert torch.allclose(large, small, atol=1e-5)
-    for large, small in zip(ends[0][2], ends[1][2], strict=True):
+    for large, small in zip(untied(ends[0][2]), untied(ends[1][2]), strict=True):
         assert small == pytest.approx({**large, "epoch": small["epoch"]}, abs=1e-4)
 
 
