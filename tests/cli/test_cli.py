@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, mistakes in one line and status 2, no traceback."""
 
+import contextlib
 import json
 import math
 import os
@@ -206,8 +207,12 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    error = ""
+    for _ in range(6):  # Python drops an interrupt that arrives inside a finalizer; a user presses again
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, error = process.communicate(timeout=10)
+            break
     assert process.returncode == 130
     assert "stopped; the same command again goes on" in error
     assert "Traceback" not in error
