@@ -116,11 +116,9 @@ def states_of(shape: Decoder, length: int, seed: int) -> list[Tensor]:
 
 
 def score_and_update(states: list[Tensor], index: Tensor, updater: RewardUpdater) -> Tensor:
-    """The trainer's own path: rewards, gamma, one step of the reward."""
-    rewards = updater.reward(states, index).reward
-    chosen, rejected = rewards.detach().chunk(2)
-    gamma = ops.preference_confidence(chosen, rejected, alpha=updater.reward.alpha)
-    updater.step_on_rewards(*rewards.chunk(2))
+    """The trainer's own path: rewards and gamma, one step of the reward."""
+    gamma = updater.accumulate(states, index).confidence
+    updater.apply()
     return gamma
 
 

@@ -26,6 +26,7 @@ from reprdpo.reward import HiddenStateTap, HybridReward
 from reprdpo.training.checkpoint import load_state, save_state
 from reprdpo.training.confidence import RewardConfidence, ScoredBatch
 from reprdpo.training.config import ConfidenceConfig
+from reprdpo.training.layout import mean_over_tokens
 from reprdpo.training.metrics import MetricWindow
 
 try:
@@ -185,13 +186,11 @@ class RepresentationDPOTrainer(DPOTrainer):
         mask_ST = inputs["attention_mask"]
         position_T = torch.arange(mask_ST.shape[1], device=mask_ST.device)
         index_S = self._last_read(inputs, position_T)
-        return self._confidence.score(
-            [state[:, -mask_ST.shape[1] :] for state in states],
-            index_S,
-            mask_ST.bool() & (position_T <= index_S[:, None]),
-            training=self.model.training,
-            last=self.accelerator.sync_gradients,
-        )
+        read = [state[:, -mask_ST.shape[1] :] for state in states]
+        pooled: tuple[list[Tensor] | Tensor, Tensor | None] = read, index_S
+        if self._confidence.reads_means:
+            pooled = mean_over_tokens(read, {"attention_mask": mask_ST.bool() & (position_T <= index_S[:, None])}), None
+        return self._confidence.score(*pooled, training=self.model.training, last=self.accelerator.sync_gradients)
 
     def _last_read(self, inputs: Mapping[str, Tensor], position_T: Tensor) -> Tensor:
         """The last EOS of each response, where rewards are fitted (chat templates may go on), or the last token."""

@@ -92,14 +92,11 @@ class RewardUpdater:
         with torch.no_grad():
             if self._pairs != self._first_pairs:
                 torch._foreach_mul_(self._grads, self._first_pairs / self._pairs)
-            self._step(self._grads)
+            for parameter, grad in zip(self._parameters, _averaged(self._grads), strict=True):
+                parameter.grad = grad
+            self._optimizer.step()
+            self._optimizer.zero_grad()
         self._grads, self._first_pairs, self._pairs = [], 0, 0
-
-    def _step(self, grads: Sequence[Tensor]) -> None:
-        for parameter, grad in zip(self._parameters, _averaged(grads), strict=True):
-            parameter.grad = grad
-        self._optimizer.step()
-        self._optimizer.zero_grad()
 
     def step(self, hidden_states: Sequence[Tensor] | Tensor, index: Tensor | None = None) -> Tensor:
         """:meth:`accumulate` and :meth:`apply`.
@@ -110,17 +107,6 @@ class RewardUpdater:
         nll = self.accumulate(hidden_states, index).nll
         self.apply()
         return nll
-
-    def step_on_rewards(self, chosen_reward: Tensor, rejected_reward: Tensor) -> Tensor:
-        """One step from rewards [P] whose graph leads to the reward's parameters; no other gradient is touched.
-
-        Returns:
-            The loss before the step, a detached scalar.
-        """
-        with torch.enable_grad():
-            loss = self.reward.nll(chosen_reward, rejected_reward, self.margin)
-        self._step(torch.autograd.grad(loss, self._parameters))
-        return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Adam's state; the parameters are the reward's own to save."""

@@ -11,22 +11,23 @@ Shape suffixes: P pairs, S = 2P sequences (all chosen, then all rejected), B row
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from reprdpo import costs, files, ops
+from reprdpo import costs, ops
 from reprdpo.data import PackingCollator, PreferenceCollator, tokenize_preferences
 from reprdpo.errors import UserError
 from reprdpo.heads import HeadSpec, check_head, run_at_head
 from reprdpo.ops import LinearPreferenceLoss
 from reprdpo.ops.reference import PAIR_LOSSES
-from reprdpo.reward import HiddenStateTap, HybridReward, RewardUpdater
+from reprdpo.reward import HiddenStateTap, HybridReward
 from reprdpo.training.base import BaseTrainer, autocast_dtype, padding_id
 from reprdpo.training.checkpoint import load_state, save_state
+from reprdpo.training.confidence import RewardConfidence, ScoredBatch
 from reprdpo.training.config import ReprDPOConfig
 from reprdpo.training.layout import (
     check_pair_lengths,
@@ -37,7 +38,7 @@ from reprdpo.training.layout import (
     packing_collator,
     set_attention,
 )
-from reprdpo.training.metrics import HISTOGRAM_FILE, ConfidenceHistogram, MetricWindow
+from reprdpo.training.metrics import MetricWindow
 from reprdpo.training.reference import reference_logps
 
 STATE_FILE = "preference_state.safetensors"
@@ -51,15 +52,6 @@ _COLUMNS = (
     "ref_chosen_logps",
     "ref_rejected_logps",
 )
-
-
-class _Hybrid(NamedTuple):
-    """R of a batch: rewards [P], the confidence taken from them [P], and Eq. 7 on them (a scalar)."""
-
-    chosen: Tensor
-    rejected: Tensor
-    confidence: Tensor
-    nll: Tensor
 
 
 class ReprDPOTrainer(BaseTrainer):
@@ -119,12 +111,9 @@ class ReprDPOTrainer(BaseTrainer):
         self.reward = reward.to(args.device) if reward is not None else None
         if self.reward is not None:
             self.check_replicas(self.reward, "reward")
-        self._updater = None
-        if self.reward is not None and args.update_reward:
-            self._updater = RewardUpdater(self.reward, lr=args.reward_learning_rate, margin=args.reward_margin)
+        self._confidence = None if self.reward is None else RewardConfidence(self.reward, args)
         spread = "confidence/mean" if args.confidence_source == "reward" else None
         self._windows = {True: MetricWindow(spread), False: MetricWindow(spread)}
-        self._histogram = ConfidenceHistogram()
 
     def compute_loss(
         self,
@@ -134,14 +123,13 @@ class ReprDPOTrainer(BaseTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The mean loss over the batch's pairs, Eq. 5 with gamma from Eq. 8 or fixed."""
-        scored: list[_Hybrid] = []
+        scored: list[ScoredBatch] = []
 
         def loss_at_head(hidden_BTD: Tensor, head: HeadSpec) -> LinearPreferenceLoss:
             confidence: float | Tensor = self.args.fixed_confidence
-            if self.reward is not None:
-                timed = self.costs.reward if model.training else contextlib.nullcontext()
-                with timed, torch.autocast(hidden_BTD.device.type, enabled=False):
-                    scored.append(self._score(self.reward, indexed_states(tap.states, inputs), inputs))
+            if self._confidence is not None:
+                with self.costs.reward if model.training else contextlib.nullcontext():
+                    scored.append(self._score(self._confidence, tap.states, inputs))
                 if self.args.confidence_source == "reward":
                     confidence = scored[0].confidence
             return ops.linear_preference_loss(
@@ -211,34 +199,18 @@ class ReprDPOTrainer(BaseTrainer):
                 progress=not self.args.disable_tqdm and self.args.process_index == 0,
             )
 
-    def _score(self, reward: HybridReward, states: list[Tensor], inputs: dict[str, Tensor]) -> _Hybrid:
+    def _score(self, confidence: RewardConfidence, states: list[Tensor], inputs: dict[str, Tensor]) -> ScoredBatch:
         """Gamma from R as it stands, then, in training, R's own step."""
-        updater = self._updater if self.model.training else None
-        if self.model.training:
-            num_sequences = len(inputs["last_token_index"])
-            flop = costs.reward_flop(*reward.probe_weight.shape, sequences=num_sequences, update=updater is not None)
+        training, index_S = self.model.training, inputs["last_token_index"]
+        if training:
+            size = confidence.reward.probe_weight.shape
+            flop = costs.reward_flop(*size, sequences=len(index_S), update=confidence.updates)
             self.costs.count(flop, "reward")
-        index_S: Tensor | None = inputs["last_token_index"]
-        detached = [state.detach() for state in states]
-        pooled: list[Tensor] | Tensor = detached
-        if reward.metadata.pool == "mean":
-            pooled, index_S = mean_over_tokens(detached, inputs), None
-        options: dict[str, Any] = {
-            "alpha": self.args.alpha_or(reward.alpha),
-            "squash": reward.squash if self.args.squash is None else self.args.squash,
-            "floor": self.args.confidence_floor,
-            "reduce": self.args.confidence_reduce,
-        }
-        if updater is None:
-            scored = reward.score(pooled, index_S, margin=self.args.reward_margin, **options)
-        else:
-            scored = updater.accumulate(pooled, index_S, **options)
-            if self.accelerator.sync_gradients:
-                updater.apply()
-        chosen_P, rejected_P = scored.reward.chunk(2)
-        return _Hybrid(chosen_P, rejected_P, scored.confidence, scored.nll)
+        read = indexed_states(states, inputs)
+        pooled = (mean_over_tokens(read, inputs), None) if confidence.reads_means else (read, index_S)
+        return confidence.score(*pooled, training=training, last=self.accelerator.sync_gradients)
 
-    def _record(self, result: Any, hybrid: _Hybrid | None, *, training: bool) -> None:
+    def _record(self, result: Any, hybrid: ScoredBatch | None, *, training: bool) -> None:
         values = {
             "loss": result.loss,
             "rewards/chosen": result.chosen_reward,
@@ -249,17 +221,9 @@ class ReprDPOTrainer(BaseTrainer):
             "logps/rejected": result.rejected_logp,
         }
         if hybrid is not None:
-            values |= {
-                "hybrid/chosen": hybrid.chosen,
-                "hybrid/rejected": hybrid.rejected,
-                "hybrid/accuracies": hybrid.chosen > hybrid.rejected,
-                "hybrid/margins": hybrid.chosen - hybrid.rejected,
-                "hybrid/nll": hybrid.nll,
-            }
-            if self.args.confidence_source == "reward":
-                values["confidence/mean"] = hybrid.confidence
-                if training:
-                    self._histogram.add(hybrid.confidence)
+            values |= hybrid.metrics()
+            if self.args.confidence_source == "fixed":
+                del values["confidence/mean"]
         self._windows[training].add(values, num_pairs=len(result.chosen_logp))
 
     def _save_companions(self, folder: Path) -> None:
@@ -271,12 +235,8 @@ class ReprDPOTrainer(BaseTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         window = self._windows[True].state_dict(self.accelerator.gather)
         if self.args.should_save:
-            state = {
-                "updater": None if self._updater is None else self._updater.state_dict(),
-                "window": window,
-                "histogram": self._histogram.state_dict(),
-            }
-            save_state(Path(output_dir) / STATE_FILE, state)
+            confidence = None if self._confidence is None else self._confidence.state_dict()
+            save_state(Path(output_dir) / STATE_FILE, {"window": window, "confidence": confidence})
             self._write_histogram()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -284,15 +244,13 @@ class ReprDPOTrainer(BaseTrainer):
         if checkpoint is None:
             return
         state = load_state(Path(checkpoint) / STATE_FILE)
-        if self.reward is not None:
-            saved = HybridReward.from_pretrained(Path(checkpoint) / REWARD_FOLDER)
-            self.reward.load_state_dict(saved.state_dict())
-        if self._updater is not None and state["updater"] is not None:
-            self._updater.load_state_dict(state["updater"])
+        if self._confidence is not None:
+            self._confidence.load_reward(Path(checkpoint) / REWARD_FOLDER)
+            self._confidence.load_state_dict(state["confidence"])
         if self.args.process_index == 0:  # the sums of all processes; the others' start anew
             self._windows[True].load_state_dict(state["window"], self.args.device)
-        self._histogram.load_state_dict(state["histogram"], self.args.device)
 
     def _write_histogram(self) -> None:
-        if self.args.should_save and self.args.confidence_source == "reward":
-            files.write_json(Path(self.args.output_dir) / HISTOGRAM_FILE, self._histogram.to_json())
+        by_reward = self.args.confidence_source == "reward"
+        if self._confidence is not None and by_reward and self.args.should_save:
+            self._confidence.write_histogram(self.args.output_dir)
