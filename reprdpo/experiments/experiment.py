@@ -135,9 +135,11 @@ def _configure(
     own = _read(f"{name}.yaml")
     at_scale = own.get("scales", {}).get(scale, {})
     base = _read(f"scales/{scale}.yaml")
+    for_others = base.pop("other_models", {})
     if settings.get("model", SANDBOX) != SANDBOX:
-        base = merge(base, base.pop("other_models", {}))
-    base.pop("other_models", None)
+        base = merge(base, for_others)
+    elif scale == "paper":
+        raise UserError("model: missing; the scale 'paper' is for weights of your own (--model, --preferences)")
     layers: Sequence[Mapping[str, Any]] = (own.get("run", {}), at_scale.get("run", {}), settings)
     for layer in layers:
         base = merge(base, layer)

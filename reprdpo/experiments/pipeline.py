@@ -81,6 +81,7 @@ class Pipeline:
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self.config, self.folder = config, folder
         self.rows = rows_of(config)
+        self._tokenized: dict[str, Dataset] = {}
         first_evaluation = folder.evaluation == "evaluation"
         self._of_evaluation = "" if first_evaluation else f" ({folder.evaluation})"
         self.summary_stage = f"summary{self._of_evaluation}"
@@ -212,8 +213,7 @@ class Pipeline:
 
     @cached_property
     def base(self) -> Policy:
-        config = self.config
-        return Policy(self.inputs.model, config.data, config.dtype, config.trust_remote_code, config.quantization)
+        return Policy.of(self.config, self.inputs.model)
 
     @cached_property
     def reference(self) -> Policy:
@@ -230,12 +230,20 @@ class Pipeline:
         share = row.config.label_noise
         if not share:
             return self.base_pairs
-        return self.base.tokenize(flip_labels(self.inputs.preferences, share), self.inputs.where)
+        return self._tokenized_once(
+            f"label noise {share}", lambda: flip_labels(self.inputs.preferences, share), self.inputs.where
+        )
 
     def ranked_pairs(self, row: Row) -> Dataset:
         """The policy's own responses, paired by the reward."""
         path = self._samples_dir(row) / "pairs.jsonl"
-        return self.base.tokenize(load_preferences(path), str(path))
+        return self._tokenized_once(str(path), lambda: load_preferences(path), str(path))
+
+    def _tokenized_once(self, key: str, read: Callable[[], Dataset], where: str) -> Dataset:
+        """Tokenised pairs, kept for the other rows and seeds that train on them."""
+        if key not in self._tokenized:
+            self._tokenized[key] = self.base.tokenize(read(), where)
+        return self._tokenized[key]
 
     @cached_property
     def benign(self) -> Dataset:

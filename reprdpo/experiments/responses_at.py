@@ -68,7 +68,7 @@ class Answerer:
 
     def __init__(self, run: FinishedRun, name: str, seed: int) -> None:
         config = run.config
-        self.policy = Policy(run.model(name, seed), config.data, config.dtype, config.trust_remote_code)
+        self.policy = Policy.of(run.config, run.model(name, seed))
         self.name, self.seed, self.settings = name, seed, config.evaluate
 
     @cached_property

@@ -224,15 +224,16 @@ def command_line() -> str:
 
 
 def source_commit() -> str | None:
-    """The commit of the source tree this runs from, where it is one."""
+    """The commit of the source tree this runs from, "+" behind it where files were changed; None where it is none."""
+    own = Path(reprdpo.__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(own.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     try:
-        return subprocess.run(
-            ["git", "-C", str(Path(reprdpo.__file__).parent), "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
+        git("ls-files", "--error-unmatch", own.name)  # an installed package may lie within somebody else's tree
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -25,7 +25,7 @@ from reprdpo.evaluation import (
     toxic_rate,
     write_judged,
 )
-from reprdpo.experiments.config import EvaluateSection, FitSection, OnlineSection
+from reprdpo.experiments.config import EvaluateSection, FitSection, OnlineSection, RunConfig
 from reprdpo.experiments.sources import Prompt
 from reprdpo.files import content_hash, disk_errors, read_json, write_json
 from reprdpo.models import Quantization, load_causal_lm, load_tokenizer, model_fingerprint
@@ -55,6 +55,11 @@ class Policy:
     dtype: str = "auto"
     trust_remote_code: bool = False
     quantization: Quantization = field(default_factory=Quantization)
+
+    @classmethod
+    def of(cls, config: RunConfig, path: str) -> "Policy":
+        """The policy at ``path``, loaded and its text tokenised as a run's settings say."""
+        return cls(path, config.data, config.dtype, config.trust_remote_code, config.quantization)
 
     def model(self) -> PreTrainedModel:
         """The model, on the accelerator where there is one."""

@@ -3,11 +3,13 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from reprdpo.evaluation import Judgement, compare, mean_over_seeds, read_responses, side_by_side
+from reprdpo.experiments.results import Ordering
 from reprdpo.experiments.rows import Row
 from reprdpo.experiments.systems import ORDERINGS, SYSTEMS
 from reprdpo.files import read_json, read_jsonl, write_json, write_text
@@ -86,18 +88,9 @@ def summary_row(folder: Path, name: str, label: str, seeds: Sequence[int], outco
 
 
 def _ordering(below: str, above: str, outcomes: dict[str, Outcomes]) -> dict[str, Any]:
-    found = compare(outcomes[below], outcomes[above])
-    return {
-        "claim": f"{SYSTEMS[below].label} below {SYSTEMS[above].label}",
-        "below": below,
-        "above": above,
-        "held": {"held": True, "reversed": False}.get(found.verdict),
-        "difference": found.difference,
-        "low": found.low,
-        "high": found.high,
-        "p": found.p,
-        "detail": found.describe().removeprefix(f"{found.verdict}: "),
-    }
+    claim = f"{SYSTEMS[below].label} below {SYSTEMS[above].label}"
+    found = Ordering.of(claim, compare(outcomes[below], outcomes[above]))
+    return {"below": below, "above": above, **asdict(found)}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -183,6 +183,12 @@ def test_the_count_at_7b(tokens: int, ratio: float) -> None:
     assert math.isclose(LLAMA_7B.online(tokens) / LLAMA_7B.reward(), ratio, rel_tol=0.2)
 
 
+def test_the_papers_scale_is_of_weights_that_the_user_names(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model: missing; the scale 'paper'"):
+        run_experiment("table1", scale="paper", output_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_experiment_stopped_goes_on_and_ends_as_an_unbroken_one(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from reprdpo.errors import UserError
 from reprdpo.experiments import RunConfig, pipeline, run
@@ -125,7 +126,8 @@ def test_a_run_stopped_in_the_middle_ends_as_an_unbroken_one(
 @pytest.mark.slow
 def test_a_run_killed_goes_on_with_the_same_command(tiny_run: Path, cache_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "reprdpo.cli", "demo", "--scale", "tiny", "--output_dir", str(tmp_path / "run")]
-    environment = {**os.environ, "REPRDPO_CACHE": str(cache_dir), "OMP_NUM_THREADS": "1"}
+    threads = str(torch.get_num_threads())  # tiny_run's own: the order of a sum depends on them
+    environment = {**os.environ, "REPRDPO_CACHE": str(cache_dir), "OMP_NUM_THREADS": threads}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "run" / "systems" / "dpo_ranked").exists():
         assert process.poll() is None

@@ -56,7 +56,7 @@ def read_pairs(source: str, config: RunConfig) -> PairSet:
 def base_policy(config: RunConfig) -> Policy:
     """The model that ``config`` names, before any training."""
     path = read_inputs(config).model if config.model == SANDBOX else config.model
-    return Policy(path, config.data, config.dtype, config.trust_remote_code)
+    return Policy.of(config, path)
 
 
 def labelled_states(policy: Policy, data: PairSet, config: RunConfig, *, means: bool = False) -> Labelled:
@@ -81,10 +81,9 @@ def labelled_states(policy: Policy, data: PairSet, config: RunConfig, *, means: 
 
 def policy_of(run: FinishedRun, system: str, seed: int = 0) -> Policy:
     """The policy that answers as ``system`` in a run; "reference" is where its alignment starts from."""
-    config = run.config
     if system == "reference":
-        system = "sft" if "sft" in config.systems else "base"
-    return Policy(run.model(system, seed), config.data, config.dtype, config.trust_remote_code)
+        system = "sft" if "sft" in run.config.systems else "base"
+    return Policy.of(run.config, run.model(system, seed))
 
 
 def check_aligned(option: str, system: str, config: RunConfig) -> None:
