@@ -33,7 +33,7 @@ def claims(results_folder: Path) -> str:
         for result in _newest(results):
             if result["commit_info"].get("dirty"):
                 raise ValueError(f"{device}: a result is of uncommitted changes; measure a commit")
-            tables += [table.markdown() for table in (kernel_claims(result), cost_claims(result)) if table.rows]
+            tables += [table.markdown() for table in (kernel_claims(result), *cost_claims(result)) if table.rows]
     return "\n\n".join(tables) or "No results are committed yet."
 
 

@@ -244,15 +244,35 @@ def test_a_red_row_of_ours_claims_nothing_for_its_group(tmp_path: Path, write: W
     assert "9 (eager)" not in text
 
 
+def claim(name: str, setting: str, **columns: Any) -> dict[str, Any]:
+    status = columns.pop("status", "measured")
+    made = row if status == "measured" else lambda **columns: unmeasured(status, "no room", **columns)
+    return made(name=f"test_op[{name}]", group=f"cost of 1 pair, {setting}", headline="claim", **columns)
+
+
 def test_the_cost_claim_has_both_ratios(tmp_path: Path, write: Write) -> None:
     rows = [
-        row(group="cost, T=512", headline="claim", seconds=1e-6, flop=1e6),
-        row("test_op[online]", 2.0, group="cost, T=512", headline="claim", flop=3e13),
-        unmeasured("counted", "not run", name="test_op[70B]", group="cost, T=512", headline="claim", flop=4e14),
+        claim("native", "T=512", seconds=1e-6, flop=1e6),
+        claim("online", "T=512", seconds=2.0, flop=3e13),
+        claim("model", "T=512", status="counted", flop=4e14),
+        claim("native", "70B", status="counted", flop=1e6),
+        claim("online", "70B", status="counted", flop=5e13),
+        claim("native", "7B", flop=1e6),
+        claim("online", "7B", status="skipped"),
     ]
     _, text = readme(tmp_path, write, result(*rows))
-    assert "| cost, T=512 | online | 2000 | 2e+06 | 30000 | 3e+07 |" in text
-    assert "| cost, T=512 | 70B | counted only |  | 400000 | 4e+08 |" in text
+    assert "**cost of 1 pair: times ours in time / in FLOP**" in text
+    assert "|  | ours | online | model |" in text
+    assert "| T=512 | 0.001 ms / 0.001 GFLOP | 2e+06 / 3e+07 | not measured / 4e+08 |" in text
+    assert "| 70B | 0.001 GFLOP | counted 5e+07 |  |" in text
+    assert "| 7B | 2 ms / 0.001 GFLOP | no room |  |" in text
+
+
+@pytest.mark.parametrize("broken", ["native", "online"])
+def test_a_red_row_claims_no_cost(tmp_path: Path, write: Write, broken: str) -> None:
+    rows = [claim(name, "T=512", status="red" if name == broken else "measured") for name in ("native", "online")]
+    _, text = readme(tmp_path, write, result(*rows))
+    assert f"| T=512 | red: test_op[{broken}]: no room |  |" in text
 
 
 def test_a_file_is_quoted_from_its_newest_run(tmp_path: Path, write: Write) -> None:
