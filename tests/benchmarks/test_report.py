@@ -313,6 +313,32 @@ def test_this_readme_is_what_the_committed_results_give(tmp_path: Path) -> None:
     copied.write_text(text, encoding="utf-8")
     assert main(["--readme", str(copied)]) == 0
     assert copied.read_text(encoding="utf-8") == text, "run `python -m benchmarks.report --readme`"
+    figures = re.findall(r"\((docs/benchmarks/.*?\.svg)\)", text)
+    assert figures
+    for figure in figures:  # what they say; where matplotlib puts it differs by its version
+        said, made = (re.findall(r"<text.*?>(.*?)</text>", (at / figure).read_text()) for at in (ROOT, tmp_path))
+        assert said == made
+
+
+def test_the_readmes_figure_has_every_implementation_of_the_headline_groups(tmp_path: Path, write: Write) -> None:
+    rows = [
+        row("test_both[native]", 0.5, file="bench_linear_preference.py", group="loss"),
+        row("test_both[eager]", 0.9, file="bench_linear_preference.py", group="loss", kind="rounded", peak_bytes=7e6),
+        row("test_both[native-T]", file="bench_linear_preference.py", group="memory", headline=None),
+        row(),
+    ]
+    _, text = readme(tmp_path, write, result(*rows))
+    assert "](docs/benchmarks/epyc.svg)" in text
+    figure = (tmp_path / "docs" / "benchmarks" / "epyc.svg").read_text()
+    said = [each.strip() for each in re.findall(r"<text.*?>(.*?)</text>", figure)]
+    expected = ["loss", "native", "eager (rounded)", "500", "900", "3", "7", "median time, ms", "peak extra memory, MB"]
+    assert sorted(said) == sorted(expected)
+
+
+def test_a_readme_without_rows_to_draw_has_no_figure(tmp_path: Path, write: Write) -> None:
+    _, text = readme(tmp_path, write, result())
+    assert "![" not in text
+    assert not (tmp_path / "docs").exists()
 
 
 def test_the_page_holds_its_plots_and_the_record(tmp_path: Path, write: Write) -> None:
