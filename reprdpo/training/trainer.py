@@ -242,7 +242,8 @@ class ReprDPOTrainer(BaseTrainer):
         moved = self.args.beta * kto.z
         chosen_P, rejected_P = result.chosen_reward + moved, result.rejected_reward + moved
         if training:
-            kto.update(torch.cat([chosen_P, rejected_P]) / self.args.beta)
+            ratios_S = torch.cat([chosen_P, rejected_P]) / self.args.beta
+            kto.add(ratios_S, last=self.accelerator.sync_gradients)
         return result._replace(chosen_reward=chosen_P, rejected_reward=rejected_P)
 
     def _mean_over_processes(self, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Two processes of TRL's trainer with the method in it: losses, metrics and reward of one process with all the pairs."""
+"""Two processes of TRL's trainer with the method in it: losses, metrics and reward of one with all the pairs."""
 
 from collections.abc import Callable
 from pathlib import Path
