@@ -31,8 +31,12 @@ def train(folder: str, loss_type: str, batch: int, accumulate: int = 1, **settin
         gradient_accumulation_steps=accumulate,
         **settings,
     )
-    trainer = ReprDPOTrainer(tiny_runs.make_model(), config, train_dataset=tiny_runs.make_pairs())
+    pairs = tiny_runs.make_pairs()
+    for number, side in enumerate(("chosen", "rejected")):  # far below the policy's, so that no baseline is 0
+        pairs = pairs.add_column(f"ref_{side}_logps", [-40.0 - number - 3 * (row % 4) for row in range(len(pairs))])
+    trainer = ReprDPOTrainer(tiny_runs.make_model(), config, train_dataset=pairs)
     trainer.train()
+    assert trainer._kto is None or trainer._kto.z > 1
     losses = [line["loss"] for line in logged(Path(config.output_dir))] if config.process_index == 0 else []
     return losses, [parameter.detach().clone() for parameter in trainer.model.parameters()]
 
