@@ -59,7 +59,8 @@ class RepresentationDPOTrainer(DPOTrainer):
 
     Without a reward the losses are TRL's own at ``label_smoothing=0``; above 0 it is conservative DPO, which TRL's
     sigmoid, hinge, ipo and apo losses leave out. With one, each pair's gamma is read from the hidden states of the
-    policy's own forward, at the response's last EOS or, where there is none, its last token.
+    policy's own forward, at the response's last EOS or, where there is none, its last token. In evaluation each pair
+    counts once, whatever the number of processes; of a stream, whose length nobody knows, some of the last batch twice.
 
     Args:
         args, kwargs: as ``trl.DPOTrainer`` takes them. ``args=`` may be a :class:`RepresentationDPOConfig`.
@@ -105,7 +106,10 @@ class RepresentationDPOTrainer(DPOTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The mean loss over the batch's pairs, each under its confidence, plus TRL's auxiliary loss for mixtures."""
-        batch = {name: value for name, value in inputs.items() if name not in _NOT_THE_MODELS}
+        everything, counted = inputs, True
+        if not self.model.training:
+            inputs, counted = self._not_yet_seen(inputs)
+        batch = _for_the_model(inputs)
         forward = {**batch, "use_cache": False} | ({"output_router_logits": True} if self.aux_loss_enabled else {})
         labels_ST = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         ref_chosen_P, ref_rejected_P = self._reference(inputs)
@@ -136,11 +140,12 @@ class RepresentationDPOTrainer(DPOTrainer):
         if self.aux_loss_enabled:
             aux_loss = outputs[0].aux_loss
             loss = loss + self.router_aux_loss_coef * aux_loss
-        self._record(result._replace(loss=loss), (ref_chosen_P, ref_rejected_P), inputs, scored, aux_loss)
+        result = result._replace(loss=loss)
+        self._record(result, (ref_chosen_P, ref_rejected_P), inputs, scored, aux_loss, counted=counted)
         if not return_outputs:
             return loss
         with torch.no_grad():
-            return loss, model(**batch, use_cache=False)
+            return loss, model(**_for_the_model(everything), use_cache=False)
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """As TRL, by the ops that the policy's own come from, so that equal models have equal log-probs."""
@@ -176,6 +181,19 @@ class RepresentationDPOTrainer(DPOTrainer):
             self._confidence.write_histogram(self.args.output_dir)
         return output
 
+    def _not_yet_seen(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+        """The pairs of a batch of an evaluation without those that accelerate repeats to fill up the last one.
+
+        Where there are no others it is the first, since collectives in a forward must meet; it is not to be counted.
+        """
+        state, pairs = self.accelerator.gradient_state, len(inputs["input_ids"]) // 2
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return inputs, True
+        own = state.remainder - pairs * self.accelerator.process_index
+        if own >= pairs:
+            return inputs, True
+        return _first_pairs(inputs, pairs, max(own, 1)), own > 0
+
     def _reference(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         if self.precompute_ref_logps:
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
@@ -209,6 +227,8 @@ class RepresentationDPOTrainer(DPOTrainer):
         inputs: Mapping[str, Tensor],
         scored: list[ScoredBatch],
         aux_loss: Tensor | None,
+        *,
+        counted: bool,
     ) -> None:
         assert result.stats is not None
         tokens_S = inputs["completion_mask"][:, 1:].sum(1)
@@ -236,7 +256,7 @@ class RepresentationDPOTrainer(DPOTrainer):
         if self.model.training:
             self._tokens += inputs["attention_mask"].sum()
         mode = "train" if self.model.training else "eval"
-        self._windows[mode].add(values, num_pairs=len(result.chosen_logp))
+        self._windows[mode].add(values, num_pairs=len(result.chosen_logp), counted=counted)
 
     def _count_tokens(self) -> int:
         """Tokens trained on so far, over all processes."""
@@ -369,6 +389,18 @@ def _outputs(model: nn.Module) -> Iterator[list[Any]]:
         yield found
     finally:
         handle.remove()
+
+
+def _for_the_model(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in inputs.items() if name not in _NOT_THE_MODELS}
+
+
+def _first_pairs(inputs: Mapping[str, Tensor], pairs: int, kept: int) -> dict[str, Tensor]:
+    """The first ``kept`` of a batch's ``pairs``, of tensors with a row a pair as of those with one a sequence."""
+    return {
+        name: value[:kept] if len(value) == pairs else torch.cat([half[:kept] for half in value.chunk(2)])
+        for name, value in inputs.items()
+    }
 
 
 def _token_mean(mean_S: Tensor, tokens_S: Tensor) -> Tensor:

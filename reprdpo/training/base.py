@@ -97,11 +97,22 @@ class BaseTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches shared out evenly over the processes and split within ``max_tokens_per_device``."""
-        lengths = row_lengths(self.train_dataset)
-        if lengths is None:
+        sampler = self._sampler(self.train_dataset)
+        if sampler is None:
             return super().get_train_dataloader()
+        return BatchLoader(self.train_dataset, sampler, self.data_collator, **self._loading())
+
+    def _sampler(self, dataset: Any) -> BalancedBatchSampler | None:
+        """This process's batches of ``dataset``; None where its rows' lengths cannot be told.
+
+        Raises:
+            UserError: a row over the token budget, or too few rows for the processes.
+        """
+        lengths = row_lengths(dataset)
+        if lengths is None:
+            return None
         strategy = self.args.train_sampling_strategy
-        sampler = BalancedBatchSampler(
+        return BalancedBatchSampler(
             lengths[0],
             self._train_batch_size,
             sequences=lengths[1],
@@ -112,7 +123,6 @@ class BaseTrainer(Trainer):
             drop_last=self.args.dataloader_drop_last,
             group_by_length=strategy == "group_by_length",
         )
-        return BatchLoader(self.train_dataset, sampler, self.data_collator, **self._loading())
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader[Any]:
         """Batches that bring every row to one process alone, whichever the number of processes."""

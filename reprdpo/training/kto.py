@@ -1,8 +1,12 @@
 """KTO on pairs (arXiv 2402.01306): each response is weighed against a baseline z, not against the other one.
 
 ``loss = sigma(-beta (a - z)) + sigma(beta (b - z))`` with a, b the log-ratios of chosen and rejected, which is APO-zero
-with reference log-probs moved by z. z stands for KL(policy, reference) and takes no gradient; the paper estimates it on
-mismatched responses, a further forward. Here it is the mean log-ratio of the last batch's own responses, not below 0.
+with reference log-probs moved by z. z stands for KL(policy, reference), is not below 0 and takes no gradient.
+
+Here z is the mean log-ratio of all responses of the optimizer step before, which costs nothing. TRL's KTOTrainer, like
+the paper, takes it from the batch at hand, each response put to another's prompt: a further forward of the policy and
+of the reference, which would have to stay loaded, as those pairs are others in every epoch; and its loss hangs on how a
+step is split into batches. The two estimates differ: of a pair's own responses the loss pushes one down.
 """
 
 from typing import Any
@@ -14,7 +18,7 @@ LOSS_TYPE, SERVED_BY = "kto", "apo_zero"
 
 
 class KTOBaseline:
-    """z, from the batch before; 0 for the first.
+    """z, from the step before; 0 for the first.
 
     Args:
         device: of the batches.
@@ -24,7 +28,11 @@ class KTOBaseline:
     def __init__(self, device: torch.device, average: Any) -> None:
         self.z = torch.zeros((), device=device)
         self._average = average
+        self._log_ratios: list[Tensor] = []
 
-    def update(self, log_ratios: Tensor) -> None:
-        """Take z from the log-ratios [S] of a batch; the host does not wait."""
-        self.z = self._average(log_ratios.detach().float().mean()).clamp(min=0.0)
+    def add(self, log_ratios: Tensor, *, last: bool) -> None:
+        """Keep the log-ratios [S] of a forward; after a step's ``last`` one z is taken anew. The host does not wait."""
+        self._log_ratios.append(log_ratios.detach().float())
+        if last:
+            self.z = self._average(torch.cat(self._log_ratios).mean()).clamp(min=0.0)
+            self._log_ratios = []

@@ -119,11 +119,11 @@ class ReprDPOTrainer(BaseTrainer):
         self._loss_type = SERVED_BY if args.loss_type == KTO else args.loss_type
         self._kto = KTOBaseline(args.device, self._mean_over_processes) if args.loss_type == KTO else None
         self._needs_reference = PAIR_LOSSES[self._loss_type].needs_reference
-        self.train_dataset = self._prepare(train_dataset, "the training data")
-        self.eval_dataset = self._prepare(eval_dataset, "the evaluation data")
         self.reward = reward.to(args.device) if reward is not None else None
         if self.reward is not None:
             self.check_replicas(self.reward, "reward")
+        self.train_dataset = self._prepare(train_dataset, "the training data", batched=True)
+        self.eval_dataset = self._prepare(eval_dataset, "the evaluation data")
         self._confidence = None if self.reward is None else RewardConfidence(self.reward, args)
         spread = "confidence/mean" if args.confidence_source == "reward" else None
         self._windows = {True: MetricWindow(spread), False: MetricWindow(spread)}
@@ -184,8 +184,12 @@ class ReprDPOTrainer(BaseTrainer):
         self._write_histogram()
         return output
 
-    def _prepare(self, dataset: Dataset | None, what: str) -> Dataset | None:
-        """``dataset`` tokenised, with reference log-probs, and without the columns the collator has no use for."""
+    def _prepare(self, dataset: Dataset | None, what: str, *, batched: bool = False) -> Dataset | None:
+        """``dataset`` tokenised, with reference log-probs, and without the columns the collator has no use for.
+
+        Raises:
+            UserError: with ``batched``, rows that training's batches cannot be made of; said before any forward.
+        """
         if dataset is None:
             return None
         if "chosen_input_ids" not in dataset.column_names:
@@ -193,6 +197,8 @@ class ReprDPOTrainer(BaseTrainer):
                 raise UserError(f"processing_class: {what} is text; pass the tokenizer")
             dataset = tokenize_preferences(dataset, self.processing_class, self.args.tokenize_config(), where=what)
         check_pair_lengths(self.data_collator, dataset, what)
+        if batched:
+            self._sampler(dataset)
         if not self._needs_reference:
             dataset = dataset.select_columns([name for name in dataset.column_names if not name.startswith("ref_")])
         elif "ref_chosen_logps" not in dataset.column_names:
@@ -242,7 +248,8 @@ class ReprDPOTrainer(BaseTrainer):
         moved = self.args.beta * kto.z
         chosen_P, rejected_P = result.chosen_reward + moved, result.rejected_reward + moved
         if training:
-            kto.update(torch.cat([chosen_P, rejected_P]) / self.args.beta)
+            ratios_S = torch.cat([chosen_P, rejected_P]) / self.args.beta
+            kto.add(ratios_S, last=self.accelerator.sync_gradients)
         return result._replace(chosen_reward=chosen_P, rejected_reward=rejected_P)
 
     def _mean_over_processes(self, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Two processes of TRL's trainer with the method in it: the losses and the reward of one process with all the pairs."""
+"""Two processes of TRL's trainer with the method in it: losses, metrics and reward of one with all the pairs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,13 @@ from torch import Tensor
 pytest.importorskip("trl")
 
 
-def train(folder: str, model_dir: str, rows: list[dict[str, str]], size: int) -> tuple[list[float], dict[str, Tensor]]:
+EVALUATED = {"one": 1, "five": 5, "all": 8}  # of batches of two a process: odd, fewer than processes, even
+Numbers = dict[str, float]
+
+
+def train(
+    folder: str, model_dir: str, rows: list[dict[str, str]], size: int
+) -> tuple[list[list[float]], dict[str, Tensor], dict[str, Numbers]]:
     from trl import DPOConfig
 
     from reprdpo.integrations.trl import RepresentationDPOTrainer
@@ -28,6 +34,7 @@ def train(folder: str, model_dir: str, rows: list[dict[str, str]], size: int) ->
         logging_steps=1,
         max_steps=3,
         per_device_train_batch_size=size,
+        per_device_eval_batch_size=2,
         learning_rate=1e-2,
         save_strategy="steps",
         save_steps=3,
@@ -38,6 +45,7 @@ def train(folder: str, model_dir: str, rows: list[dict[str, str]], size: int) ->
         model=load_causal_lm(model_dir),
         args=config,
         train_dataset=Dataset.from_list(rows),
+        eval_dataset={name: Dataset.from_list(rows[:count]) for name, count in EVALUATED.items()},
         processing_class=None,
         reward=str(Path(folder) / "reward"),
     )
@@ -45,17 +53,30 @@ def train(folder: str, model_dir: str, rows: list[dict[str, str]], size: int) ->
     names = ("loss", "rewards/margins", "hybrid/nll", "confidence/min", "num_tokens")
     lines = [[line[name] for name in names] for line in trainer.state.log_history if "loss" in line]
     assert trainer.reward is not None
-    return lines, trainer.reward.state_dict()
+    trainer.state.log_history.clear()
+    trainer.evaluate()
+    took = ("_runtime", "_per_second")
+    evaluated = {
+        name: {metric: value for metric, value in line.items() if not metric.endswith(took)}
+        for name, line in zip(EVALUATED, trainer.state.log_history, strict=True)
+    }
+    return lines, trainer.reward.state_dict(), evaluated
 
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path, model_dir: str, pairs: Dataset, make_reward: Callable[..., Any]) -> None:
     arguments = (str(tmp_path), model_dir, list(pairs))
     make_reward().save_pretrained(tmp_path / "reward")
-    (first, reward), (second, other) = distributed.run(train, *arguments, 2)
-    lines, alone = train(*arguments, 4)
+    (first, reward, evaluated), (second, other, _) = distributed.run(train, *arguments, 2)
+    lines, alone, evaluated_alone = train(*arguments, 4)
     torch.testing.assert_close(torch.tensor(first), torch.tensor(lines), rtol=1e-4, atol=1e-5)
     assert first == second
     for name, value in alone.items():
         assert torch.equal(reward[name], other[name])
         torch.testing.assert_close(reward[name], value, rtol=1e-4, atol=1e-5)
+    for name, wanted in evaluated_alone.items():
+        assert f"eval_{name}_loss" in wanted
+        # TRL's means of the means of batches, which are others here
+        weighted = ("eval_entropy", "eval_logits/", "eval_mean_token_accuracy")
+        kept = {metric: value for metric, value in wanted.items() if not metric.startswith(weighted)}
+        assert {metric: evaluated[name][metric] for metric in kept} == pytest.approx(kept, rel=1e-4, abs=1e-4), name

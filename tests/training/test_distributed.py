@@ -194,8 +194,9 @@ def the_rest(folder: str) -> dict[str, Any]:
     found["told"] = str(told.value)
     few = tiny_runs.make_pairs().select([0])
     with pytest.raises(UserError) as told:
-        ReprDPOTrainer(tiny_runs.make_model(), config, train_dataset=few).train()
+        ReprDPOTrainer(tiny_runs.make_model(), config, train_dataset=few)
     found["few"] = str(told.value)
+    found["forwards of what is refused"] = len(calls) - found["forwards"] - found["forwards again"]
     found["evaluation"] = evaluate(f"{folder}/evaluation")
     return found
 
@@ -213,6 +214,7 @@ def test_what_else_processes_share(tmp_path: Path) -> None:
         assert rank["forwards again"] == 0
         assert "reward: is another one on process 1 than on process 0" in rank["told"]
         assert "1 rows do not make a batch for 2 processes" in rank["few"]
+        assert rank["forwards of what is refused"] == 0
         assert len(rank["evaluation"]) == 6
         for name, metrics in rank["evaluation"].items():
             for metric, value in evaluated[f"ddp {name.split()[1]}"].items():

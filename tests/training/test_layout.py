@@ -210,6 +210,30 @@ def test_models_that_depend_on_the_row_fall_back_and_say_so(
         packing_collator(model, PADDED, packing="prefix")
 
 
+@pytest.mark.parametrize(
+    ("config_class", "settings", "reason"),
+    [
+        ("MistralConfig", {"sliding_window": 8}, "what else is in its row"),
+        ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 8}, "what else is in its row"),
+        (
+            "GPTNeoConfig",
+            {"num_layers": 3, "attention_types": [[["local"], 3]], "window_size": 8},
+            "else is in its row",
+        ),
+        ("Qwen3NextConfig", {"num_experts": 2, "moe_intermediate_size": 8}, "linear_attention"),
+        ("Mamba2Config", {"num_heads": 4, "head_dim": 8, "hidden_size": 16, "n_groups": 1}, "position_ids"),
+    ],
+)
+def test_windows_and_linear_attention_fall_back(
+    config_class: str, settings: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Windows shorter than the rows that the check is made with; wider ones bound the rows."""
+    model = build(config_class, "eager", **GROUPED | settings)
+    with caplog.at_level(logging.WARNING):
+        assert packing_collator(model, PADDED).layouts == ("padded",)
+    assert [reason in record.message for record in caplog.records] == [True]
+
+
 def test_alibi_is_recognised() -> None:
     model = build("FalconConfig", "eager", **SIZES, alibi=True)
     with pytest.raises(UserError, match="ALiBi"):
