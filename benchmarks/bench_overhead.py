@@ -6,7 +6,7 @@ Weights are random: time does not depend on their values. Models too large for t
 
 import gc
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,7 +210,7 @@ def learning(model: LlamaForCausalLM, shape: Decoder, length: int) -> Part:
     return "update", update, P
 
 
-def drawing(model: LlamaForCausalLM, shape: Decoder, length: int, samples: int) -> list[Part]:
+def drawing(model: LlamaForCausalLM, shape: Decoder, length: int, samples: int) -> Iterator[Part]:
     """The prompts read, then T/2 tokens drawn with a cache: a few at the middle length stand for all of them."""
     prompt, batch, middle = length // 2, samples * P, 3 * length // 4
     ids, token = random_ids(P, prompt, shape), random_ids(batch, 1, shape)
@@ -219,6 +219,7 @@ def drawing(model: LlamaForCausalLM, shape: Decoder, length: int, samples: int) 
     def read() -> Tensor:
         return model(input_ids=ids, use_cache=True, logits_to_keep=1).logits[:, -1]
 
+    yield "read", read, 1
     cache = growing_cache(model, middle + DECODED)
     head_size = shape.hidden // shape.heads
     for layer in range(shape.layers):
@@ -237,7 +238,7 @@ def drawing(model: LlamaForCausalLM, shape: Decoder, length: int, samples: int) 
         cache.crop(-DECODED)
         return following.float()
 
-    return [("read", read, 1), ("draw", draw, (length - prompt) / DECODED)]
+    yield "draw", draw, (length - prompt) / DECODED
 
 
 def policy_step(model: LlamaForCausalLM, shape: Decoder, length: int) -> list[Part]:
@@ -266,19 +267,19 @@ def policy_step(model: LlamaForCausalLM, shape: Decoder, length: int) -> list[Pa
     return [("forward and backward", step, P)]
 
 
-def parts_of(system: str, model: LlamaForCausalLM | None, shape: Decoder, length: int) -> list[Part]:
+def parts_of(system: str, model: LlamaForCausalLM | None, shape: Decoder, length: int) -> Iterator[Part]:
+    """One after another: who takes the next lets the last go, and with it what it held, such as a cache."""
     if model is None:
-        return swift_head(shape, length)
-    if system == "the policy's own step":
-        return policy_step(model, shape, length)
-    if system == "reward model":
-        return [scoring(model, shape, length, 2 * P)]
-    samples = int(system.split()[1])
-    return [
-        *drawing(model, shape, length, samples),
-        scoring(model, shape, length, samples * P),
-        learning(model, shape, length),
-    ]
+        yield from swift_head(shape, length)
+    elif system == "the policy's own step":
+        yield from policy_step(model, shape, length)
+    elif system == "reward model":
+        yield scoring(model, shape, length, 2 * P)
+    else:
+        samples = int(system.split()[1])
+        yield from drawing(model, shape, length, samples)
+        yield scoring(model, shape, length, samples * P)
+        yield learning(model, shape, length)
 
 
 def flop_of(system: str, shape: Decoder, length: int) -> int:
@@ -322,11 +323,11 @@ def test_extra_cost(
         time_parts(benchmark, parts, flop=flop, **columns)
 
 
-def time_parts(benchmark: BenchmarkFixture, parts: list[Part], **columns: Any) -> None:
+def time_parts(benchmark: BenchmarkFixture, parts: Iterable[Part], **columns: Any) -> None:
     """The sum over parts of median time and how often each runs; a result that is not finite fails the row."""
-    times: dict[str, list[float]] = {}
+    took: dict[str, float] = {}
     peak = 0
-    for name, call, _ in parts:
+    for name, call, often in parts:
         result = call()
         assert isinstance(result, Tensor)
         if not bool(result.isfinite().all()):
@@ -334,14 +335,14 @@ def time_parts(benchmark: BenchmarkFixture, parts: list[Part], **columns: Any) -
         peak = max(peak, peak_bytes(call, DEVICE))
         once = seconds(call, DEVICE)
         rounds = rounds_for(once, BUDGET_SECONDS) if once < BUDGET_SECONDS else 0
-        times[name] = [once, *(seconds(call, DEVICE) for _ in range(min(rounds, 20)))]
-    total = sum(often * statistics.median(times[name]) for name, _, often in parts)
+        took[name] = often * statistics.median([once, *(seconds(call, DEVICE) for _ in range(min(rounds, 20)))])
+    total = sum(took.values())
     benchmark.pedantic(lambda: None)
     benchmark.extra_info.update(
         columns
         | {
             **dict.fromkeys(("p20_s", "p50_s", "p80_s"), total),
-            "parts": {name: often * statistics.median(times[name]) for name, _, often in parts},
+            "parts": took,
             "peak_bytes": peak,
             "bytes": 0,
             "dtype": str(DTYPE).removeprefix("torch."),

@@ -5,16 +5,17 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 
 usage() {
   cat <<'HELP'
-usage: benchmarks/gpu.sh [--dry-run] [--out DIR] [--wheels DIR] [--commit ID] PART...
+usage: benchmarks/gpu.sh [--dry-run] [--headline] [--out DIR] [--wheels DIR] [--commit ID] PART...
   PART         all, or any of the parts that --dry-run lists
   --dry-run    list parts, commands and expected minutes; runs nothing, needs no GPU
+  --headline   of the benchmarks only the rows that the README shows, which take about half as long
   --out DIR    where log.txt, a JSON file a part and page.html go (default build/gpu)
-  --wheels DIR peers as wheels, put beside the source for this run alone
+  --wheels DIR peers and what else is missing as wheels, put beside the source for this run alone
   --commit ID  the commit that is measured, where the tree has no history ("ID+" if it has uncommitted changes)
 HELP
 }
 
-# part | expected minutes | benchmark files
+# part | expected minutes | benchmark files | what they import beside torch and transformers
 PARTS='build|3|
 tests|4|
 memcheck|6|
@@ -24,15 +25,16 @@ ceilings|1|bench_ceilings*.py
 probe|2|bench_probe*.py
 logprob|7|bench_*logprob*.py
 preference|8|bench_*preference*.py
-svm|2|bench_*svm*.py
-overhead|7|bench_overhead*.py
-step|6|bench_*step*.py'
+svm|2|bench_*svm*.py|datasets
+overhead|7|bench_overhead*.py|datasets
+step|6|bench_*step*.py|datasets'
 LIMIT=520 # seconds a part, at most; then it is interrupted and what it has finished stays
 
-dry=0 out=build/gpu wheels='' parts=()
+dry=0 rows='' out=build/gpu wheels='' parts=()
 while (($#)); do
   case $1 in
     --dry-run) dry=1 ;;
+    --headline) rows=" -m 'not secondary'" ;;
     --out | --wheels | --commit)
       (($# > 1)) || { echo "gpu.sh: $1 needs a value" >&2; exit 2; }
       case $1 in
@@ -58,12 +60,18 @@ cd "$root" || exit 2
 
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" # nvcc and compute-sanitizer lie there, on PATH or not
 CAPABILITY='import torch; print("".join(map(str, torch.cuda.get_device_capability())))'
 LOADS='import sys; from reprdpo.ops import native; print(native.status("cuda")); sys.exit(not native.loaded("cuda"))'
 
 field() { grep "^$1|" <<<"$PARTS" | cut -d'|' -f"$2"; }
 files() { (cd benchmarks && compgen -G "$1" | sed 's|^|benchmarks/|'); }
 bench_files() { for pattern in $(field "$1" 3); do files "$pattern"; done | sort -u | xargs; }
+
+# Not under a sanitizer: what captures graphs (without a caching allocator no memory can be had meanwhile), asks CUPTI
+# (there can be one tool), compiles, or fills the device.
+SANITIZED='gpu and not slow'
+UNSANITIZED='graph or captur or launch or compile or out_of_memory or past_two'
 
 # The commands of a part, a line each: run as they are printed.
 commands() {
@@ -75,20 +83,22 @@ commands() {
         "cmake --build build/gpu-native --parallel && cmake --install build/gpu-native --prefix . &&" \
         "$PYTHON -c '$LOADS'; }"
       ;;
-    tests) echo "$PYTHON -m pytest tests/gpu -p no:cacheprovider" ;;
+    tests) echo "$PYTHON -m pytest tests/gpu -p no:cacheprovider -rs --continue-on-collection-errors" ;;
     memcheck)
-      echo "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1" \
-        "$PYTHON -m pytest tests/gpu -p no:cacheprovider -m 'gpu and not slow'"
+      echo "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1" \
+        "$PYTHON -m pytest tests/gpu -p no:cacheprovider --continue-on-collection-errors" \
+        "-m '$SANITIZED' -k 'not ($UNSANITIZED)'"
       ;;
     racecheck | initcheck) # our own CUDA C++ alone: the framework's kernels are not ours to mend
       echo "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $1 --check-api-memory-access no" \
-        "--kernel-name kns=probe_reward --error-exitcode 1" \
-        "$PYTHON -m pytest tests/gpu/test_probe_reward_cuda.py -p no:cacheprovider -m 'gpu and not slow'"
+        "--report-api-errors no --kernel-name kns=probe_reward --error-exitcode 1" \
+        "$PYTHON -m pytest tests/gpu/test_probe_reward_cuda.py -p no:cacheprovider" \
+        "-m '$SANITIZED' -k 'not ($UNSANITIZED)'"
       ;;
     *)
       local found
       found=$(bench_files "$1")
-      [[ -z $found ]] || echo "$PYTHON -m pytest $found -p no:cacheprovider --continue-on-collection-errors" \
+      [[ -z $found ]] || echo "$PYTHON -m pytest $found -p no:cacheprovider --continue-on-collection-errors$rows" \
         "--benchmark-quiet --benchmark-json $(printf %q "$out/$1.json")"
       ;;
   esac
@@ -104,7 +114,9 @@ lacking() {
     tests) ;;
     *)
       [[ -n $(bench_files "$1") ]] || { echo "no benchmarks/$(field "$1" 3)"; return; }
-      "$PYTHON" -c 'import pytest_benchmark' 2>/dev/null || echo 'no pytest-benchmark; give it in --wheels' ;;
+      for module in pytest_benchmark $(field "$1" 4); do
+        "$PYTHON" -c "import $module" 2>/dev/null || { echo "no ${module/_/-}; give it in --wheels"; return; }
+      done ;;
   esac
 }
 
@@ -131,6 +143,7 @@ if [[ -n $wheels ]]; then
     "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$site" "$wheel" || echo "left out: $wheel"
   done
   export PYTHONPATH="$PYTHONPATH:$site"
+  for folder in "$site"/nvidia/*/bin; do PATH="$PATH:$folder"; done # of NVIDIA's own wheels
 fi
 
 date -u

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
 
-def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **variables}
     command = ["bash", str(SCRIPT), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
@@ -50,6 +50,42 @@ def test_chosen_parts_and_their_folder(tmp_path: Path) -> None:
     shown = run("probe", "--out", "results", "--dry-run", cwd=tmp_path).stdout
     assert f"--benchmark-json {tmp_path}/results/probe.json" in shown
     assert "tests/gpu" not in shown
+
+
+# A Python with a GPU on a bare image: no datasets, a test that fails, rows where they are asked.
+BARE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  *"import datasets"*) exit 1 ;;
+  *"-m pytest tests/gpu"*) exit 3 ;;
+  *"-m pytest"*) echo '{"rows": [1]}' > "${@: -1}" ;;
+  *benchmarks.report*) echo "report of $3" ;;
+esac
+"""
+
+
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_part_that_fails_or_lacks_a_package_leaves_the_others(tmp_path: Path) -> None:
+    python = str(executable(tmp_path / "python", BARE_PYTHON))
+    executable(tmp_path / "cuda" / "bin" / "compute-sanitizer", "#!/bin/sh\necho checked with $2")
+    parts = ("tests", "racecheck", "svm", "ceilings", "--headline", "--out", "out")
+    done = run(*parts, cwd=tmp_path, PYTHON=python, CUDA_HOME=str(tmp_path / "cuda"))
+    assert done.returncode == 1
+    assert re.search(r"== tests: \d+ s, status 3\n", done.stdout)
+    assert re.search(r"checked with racecheck\n== racecheck: \d+ s, status 0\n", done.stdout)
+    assert "== svm\nskipped: no datasets; give it in --wheels\n" in done.stdout
+    assert f"report of {tmp_path}/out/ceilings.json" in done.stdout
+    assert (tmp_path / "out" / "log.txt").read_text(encoding="utf-8") == done.stdout
+
+
+def test_headline_leaves_the_secondary_rows_out() -> None:
+    assert run("--dry-run", "--headline", "probe").stdout.count("-m 'not secondary'") == 1
+    assert "secondary" not in run("--dry-run", "probe").stdout
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reprdpo import ops
+
+pytest.importorskip("datasets", reason="datasets is not installed")  # what a bare PyTorch image lacks
 from reprdpo.data import PreferenceCollator
 from reprdpo.heads import run_at_head
 from reprdpo.training.layout import loss_inputs, model_inputs, packing_collator
