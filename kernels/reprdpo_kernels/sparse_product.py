@@ -28,7 +28,7 @@ def _thresholds_kernel(
     residual_ptr, thresholds_ptr, counts_ptr, vocabulary, residual_stride, slices, slice_width, mass,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A slice of a row: tau with ``sum of |G_ij| < tau`` at most ``mass``, the slice's part, and how many are not under.
+    """A slice of a row: tau, under which ``|G_ij|`` sum to at most ``mass``, the slice's part, and how many are not.
 
     Layout: a row's columns lie side by side; a slice of them stays in registers. Bytes an element: it is read.
     """
@@ -193,7 +193,7 @@ CONFIG_FLOAT32, CONFIG_UNALIGNED = Config(64, 32, 8, 5), Config(32, 16, 8, 3)
 # Rows that share a list of columns: fewer share less of the weight's traffic, more keep more columns between them.
 TILE = 128
 # Columns of a row that a program holds in registers.
-_HOLD = 32768
+_HOLD = 16384
 _KEPT_BLOCK = 128
 _PACK_GROUP, _PACK_BLOCK = 4, 1024
 
@@ -261,7 +261,7 @@ def _thresholds(residual_nV: Tensor, mass: float) -> tuple[Tensor, Tensor, int]:
     counts_ns = residual_nV.new_empty(rows, slices, dtype=torch.int32)
     _thresholds_kernel[(rows * slices,)](
         residual_nV, thresholds_ns, counts_ns, vocabulary, residual_nV.stride(0), slices, width, mass / slices,
-        BLOCK=block, num_warps=max(1, min(16, block // 1024)),
+        BLOCK=block, num_warps=max(1, min(16, block // 512)),
     )  # fmt: skip
     return thresholds_ns, counts_ns, width
 

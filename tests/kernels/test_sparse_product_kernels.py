@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from reprdpo.ops.reference import mass_threshold
 from reprdpo_kernels import sparse_product
 from reprdpo_kernels.sparse_product import Config, sparse_residual_product
+
+from reprdpo.ops.reference import mass_threshold
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
@@ -41,7 +42,7 @@ def kept_of(residual_nV, mass):
     return sparse_residual_product(residual_nV.clone(), torch.eye(residual_nV.shape[1]), mass)
 
 
-@pytest.mark.parametrize("hold", [32768, 256])  # one slice of the vocabulary, and three
+@pytest.mark.parametrize("hold", [16384, 256])  # one slice of the vocabulary, and three
 @pytest.mark.parametrize("sharpness", [0.3, 3.0, 8.0])
 @pytest.mark.parametrize("mass", [2**-9, 0.2])
 def test_a_single_row_drops_nearly_all_it_may(hold, sharpness, mass, monkeypatch):
@@ -71,7 +72,7 @@ def test_rows_share_the_columns_of_their_tile_and_peaked_ones_lie_together():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("rows", "vocabulary", "width"), [(0, 5, 3), (1, 1, 1), (5, 7, 3), (18, 1100, 33), (33, 64, 48)]
+    ("rows", "vocabulary", "width"), [(0, 5, 3), (1, 1, 1), (5, 7, 3), (18, 300, 33), (33, 64, 48)]
 )
 def test_product(rows, vocabulary, width, dtype):
     scale = 4096 if dtype == torch.float16 else 1
@@ -80,14 +81,14 @@ def test_product(rows, vocabulary, width, dtype):
     weight = torch.randn(vocabulary, width).to(dtype)
     exact = stored[:, :vocabulary].double() @ weight.double() / scale
     rounding = 2 * torch.finfo(dtype).eps * exact.norm(dim=1)
-    for mass in (1e-9, 0.05):
-        product = sparse_residual_product(stored.clone()[:, :vocabulary], weight, mass)
+    for mass in (1e-9, 0.05) if rows < 18 else (0.05,):
+        consumed = stored.clone()
+        product = sparse_residual_product(consumed[:, :vocabulary], weight, mass)
+        assert (consumed[:, vocabulary:] == 7).all()
         assert product.dtype == dtype
         error = (product.double() - exact).norm(dim=1)
         # The interpreter cuts bfloat16 off where a GPU rounds it.
         assert (error <= mass * weight.double().norm(dim=1).max() + 2 * rounding).all()
-    sparse_residual_product(stored[:, :vocabulary], weight, 0.05)
-    assert (stored[:, vocabulary:] == 7).all()
 
 
 def test_nan_stays_in_its_row():

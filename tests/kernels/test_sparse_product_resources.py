@@ -53,7 +53,7 @@ def test_packed_product(capability, dtype, aligned):
 )
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
 def test_what_goes_before(capability, dtype, aligned):
-    cost_of(sparse_product._thresholds_kernel, dtype, capability, {"BLOCK": 32768}, aligned=aligned, num_warps=16)
+    cost_of(sparse_product._thresholds_kernel, dtype, capability, {"BLOCK": 16384}, aligned=aligned, num_warps=16)
     tile = {"TILE": sparse_product.TILE}
     cost_of(
         sparse_product._kept_columns_kernel, dtype, capability, tile | {"BLOCK": sparse_product._KEPT_BLOCK},
