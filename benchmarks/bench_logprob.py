@@ -99,23 +99,30 @@ def test_head_frozen_other_upstream(benchmark: BenchmarkFixture, implementation:
 
 
 @pytest.mark.parametrize("eps", [None, 2**-9])
+@pytest.mark.parametrize("shared", [0.0, pytest.param(0.5, marks=[pytest.mark.secondary] if DEVICE == "cpu" else [])])
 @pytest.mark.parametrize("entropy", secondary_unless((1.5,), SHARPNESS))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_head_frozen_mass_eps(benchmark: BenchmarkFixture, dtype: str, entropy: float, eps: float | None) -> None:
-    """Where few columns hold the mass beside the label: logits of one standard deviation, labels drawn from them."""
-    if "cpu" not in SHAPES:
-        pytest.skip("gradient_mass_eps has no CUDA kernel")
-    shape = SHAPES["cpu"]
+def test_head_frozen_mass_eps(
+    benchmark: BenchmarkFixture, dtype: str, entropy: float, shared: float, eps: float | None
+) -> None:
+    """Where few columns hold the mass beside the label: logits of one standard deviation, labels drawn from them.
+
+    ``shared``: how much of the logits' variance is the same in every row, as frequent tokens are in text.
+    """
+    name = {"cpu": "cpu", "cuda": "llama2-7b"}[DEVICE]
+    shape = SHAPES[name]
 
     def sharp_inputs(seed: int) -> list[Any]:
         hidden, weight_VD, labels_ST, scored_n = make_inputs(shape, torch.float32, peaked=False, frozen=True, seed=seed)
-        hidden = hidden.detach() * SHARPNESS[entropy]
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        common_D = torch.randn(shape.hidden, generator=generator, device=DEVICE)
+        hidden = SHARPNESS[entropy] * ((1 - shared) ** 0.5 * hidden.detach() + shared**0.5 * common_D)
         p_nV = (hidden.flatten(0, 1)[scored_n] @ weight_VD.T).softmax(1)
-        generator = torch.Generator().manual_seed(seed)
         labels_ST.view(-1)[scored_n] = torch.multinomial(p_nV, 1, generator=generator).squeeze(1)
         return [hidden.to(DTYPES[dtype]).requires_grad_(), weight_VD.to(DTYPES[dtype]), labels_ST, scored_n]
 
-    benchmark.group = f"linear_logprob, head frozen, gradient_mass_eps, cpu, {dtype}, logits drawn, {entropy} nats"
+    drawn = f"logits drawn, {entropy} nats" + (f", {shared:g} of their variance shared" if shared else "")
+    benchmark.group = f"linear_logprob, head frozen, gradient_mass_eps, {name}, {dtype}, {drawn}"
     measure(
         benchmark,
         gradients(ours(shape, gradient_mass_eps=eps), (0,), 1.0),
@@ -129,7 +136,7 @@ def test_head_frozen_mass_eps(benchmark: BenchmarkFixture, dtype: str, entropy: 
         implementation="reprdpo" if eps is None else f"reprdpo, eps {eps:g}",
         shape=shape.sizes(),
         upstream=1.0,
-        oracle_key=("logprob drawn", dtype, entropy),
+        oracle_key=("logprob drawn", dtype, entropy, shared),
         needs_bytes=shape.needs_bytes(DTYPES[dtype]),
     )
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from reprdpo.ops import reference
 from reprdpo.ops.backend import Backend
-from reprdpo.ops.head_tiles import Needs, hidden_product
+from reprdpo.ops.head_tiles import Needs, hidden_product, triton_kernels
 from reprdpo.ops.reference import HALF_RESIDUAL_SCALE
 
 _REFERENCE_BYTES = 2**24
@@ -38,13 +38,13 @@ def sparse_hidden_product(
     """``G W`` [n, D] without columns of each row whose ``|G_ij|`` sum to at most ``mass_eps``; may consume G.
 
     The reference drops the most, all that are under :func:`reference.mass_threshold`; the native product drops at
-    least what 32 steps between powers of ``V^(1/8)`` tell apart, and nothing of a row that keeps over V / 8.
+    least what 32 steps between powers of ``V^(1/8)`` tell apart, and nothing of a row that keeps over V / 8. Triton's
+    drops what all of 128 rows can do without.
     """
+    if kind != "reference" and weight_VD.stride(1) != 1:  # a float32 weight may lie otherwise
+        weight_VD = weight_VD.contiguous()
     if kind == "triton":
-        raise ValueError(
-            'gradient_mass_eps is served by backends "native" (CPU) and "reference", not by "triton": '
-            'leave it None, or call inside use_backend("reference")'
-        )
+        return triton_kernels("sparse_product").sparse_residual_product(residual_nV, weight_VD, mass_eps)
     if kind == "native":
         return _native_product(residual_nV, weight_VD, mass_eps, upcast_bytes)
     scale = HALF_RESIDUAL_SCALE if residual_nV.dtype == torch.float16 else 1.0
@@ -56,8 +56,6 @@ def sparse_hidden_product(
 
 
 def _native_product(residual_nV: Tensor, weight_VD: Tensor, mass_eps: float, upcast_bytes: int) -> Tensor:
-    if weight_VD.stride(1) != 1:  # a float32 weight may lie otherwise
-        weight_VD = weight_VD.contiguous()
     product_nD, kept_n = torch.ops.reprdpo_native.sparse_residual_product(residual_nV, weight_VD, mass_eps)
     flat_m = (kept_n < 0).nonzero().squeeze(1)
     if flat_m.shape[0] == 0:

@@ -113,6 +113,51 @@ def test_same_numbers_run_to_run(triton_device):
         assert all(map(torch.equal, first, second)), again
 
 
+def sharp(rows, width, vocabulary, dtype, device, sharpness=6.0):
+    """Logits of that standard deviation, a frozen head, labels as such a model would draw them."""
+    weight = torch.randn(vocabulary, width) / width**0.5
+    hidden = sharpness * torch.randn(rows, width)
+    labels = torch.multinomial((hidden @ weight.t()).softmax(1), 1)[:, 0]
+    return hidden.to(device, dtype).requires_grad_(), weight.to(device, dtype), labels.to(device)
+
+
+def hidden_gradient(hidden, weight, labels, eps):
+    return torch.autograd.grad(linear_logprob(hidden, weight, labels, gradient_mass_eps=eps).sum(), hidden)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width", "vocabulary"), [(20, 16, 704), (9, 13, 501)])
+def test_mass_eps_is_within_its_bound(rows, width, vocabulary, dtype, triton_device):
+    hidden, weight, labels = sharp(rows, width, vocabulary, dtype, triton_device)
+    exact, sparse = (hidden_gradient(hidden, weight, labels, eps).double() for eps in (None, 0.05))
+    bound = 0.05 * weight.double().norm(dim=1).max() + 8 * torch.finfo(dtype).eps * exact.norm(dim=1)
+    assert ((sparse - exact).norm(dim=1) <= bound).all()
+    assert torch.equal(hidden_gradient(hidden, weight, labels, 0.05).double(), sparse)
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 7.75, 17.7])
+@pytest.mark.parametrize("vocabulary", [32000, 50257])
+def test_mass_eps_at_model_size(vocabulary, sharpness, triton_device, cuda_only):
+    hidden, weight, labels = sharp(300, 1024, vocabulary, torch.bfloat16, triton_device, sharpness)
+    exact, sparse = (hidden_gradient(hidden, weight, labels, eps).double() for eps in (None, 2**-9))
+    bound = 2**-9 * weight.double().norm(dim=1).max() + 2**-6 * exact.norm(dim=1)
+    assert ((sparse - exact).norm(dim=1) <= bound).all()
+
+
+def test_mass_eps_captured_and_compiled(triton_device, cuda_only):
+    hidden, weight, labels = sharp(300, 64, 2000, torch.bfloat16, triton_device)
+    wanted = hidden_gradient(hidden, weight, labels, 0.01)
+    assert torch.equal(torch.compile(hidden_gradient, backend="aot_eager")(hidden, weight, labels, 0.01), wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = hidden_gradient(hidden, weight, labels, 0.01)
+    with torch.no_grad():
+        hidden.copy_(hidden.roll(1, 0))
+        labels.copy_(labels.roll(1))
+    graph.replay()
+    torch.testing.assert_close(captured, hidden_gradient(hidden, weight, labels, 0.01))
+
+
 def test_model_size_is_within_a_tenth_of_a_millinat(triton_device, cuda_only):
     (hidden, weight), labels = make(64, 4096, 32000, torch.bfloat16, triton_device)
     exact = eager(hidden.detach().double(), weight.detach().double(), labels)
