@@ -1,11 +1,13 @@
 """One small run of every system on the smallest sandbox, shared by the tests that look at it."""
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 import reprdpo.experiments
-from reprdpo.experiments import RunConfig, load_config, run
+from reprdpo.experiments import RunConfig, load_config, pipeline, run
 
 TINY = Path(reprdpo.experiments.__file__).parent / "tiny.yaml"
 
@@ -24,3 +26,24 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Ru
 @pytest.fixture(scope="session")
 def tiny_run(tiny_config: RunConfig) -> Path:
     return run(tiny_config, say=lambda line: None).path
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], AbstractContextManager[None]]:
+    """A block in which Ctrl-C comes as the training of one system is to begin."""
+
+    @contextmanager
+    def at(system: str) -> Iterator[None]:
+        train_to_end = pipeline.train_to_end
+
+        def stop(trainer: object, output: Path) -> None:
+            if output.parent.name == system:
+                raise KeyboardInterrupt
+            train_to_end(trainer, output)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "train_to_end", stop)
+            with pytest.raises(KeyboardInterrupt):
+                yield
+
+    return at
