@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,13 @@ Score = Callable[[list[Prompt], list[str]], list[float]]
 
 @dataclass(frozen=True)
 class Policy:
-    """A causal LM on disk, and how it is loaded and text tokenised for it."""
+    """A causal LM on disk, and how it is loaded and text tokenised for it: no default, so that no caller drops one."""
 
     path: str
     data: TokenizeConfig
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    quantization: Quantization = field(default_factory=Quantization)
+    dtype: str
+    trust_remote_code: bool
+    quantization: Quantization
 
     @classmethod
     def of(cls, config: RunConfig, path: str) -> "Policy":
@@ -239,14 +239,7 @@ def evaluate_policy(
     refusals: Judge = judge if "refusal" in judge.gives else KeywordRefusalJudge()
     place = output if answers is None else answers / output.name
     many = 1 if reward is None else drawn or best_of
-    sampling = SamplingConfig(
-        num_responses=many,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        batch_size=config.batch_size,
-        seed=seed,
-        truncation_mode="keep_end",
-    )
+    sampling = config.sampling(many, seed)
     asked = {"responses": red_team} | ({} if borderline is None else {"borderline": borderline})
 
     def answer() -> tuple[dict[str, Path], float | None]:
