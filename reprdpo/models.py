@@ -70,6 +70,17 @@ class Quantization:
         )
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A block in which the model is in evaluation mode; it is left in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def load_causal_lm(
     path: str | Path,
     *,
