@@ -89,11 +89,7 @@ def fit_reward(policy: Policy, pairs: Dataset, config: RewardFitConfig, output: 
     """Fit the reward on the policy's hidden states of tokenised ``pairs``; write it to ``output``."""
     tokenizer, model = policy.tokenizer(), policy.model()
     states = extract_pair_states(model, pairs, pad_token_id=tokenizer.pad_token_id, pool=config.pool)
-    labels = {
-        "groups": pairs["prompt_id"],
-        "chosen_is_safe": _labels(pairs, "chosen_is_safe"),
-        "rejected_is_safe": _labels(pairs, "rejected_is_safe"),
-    }
+    labels = {"groups": pairs["prompt_id"], **safety_labels(pairs)}
     if isinstance(config, FitSection) and config.layers != "all":
         reward, report = fit_single_layer(*states, config, config.layers, base=model, **labels)
     else:
@@ -300,10 +296,10 @@ def _perplexity(model: PreTrainedModel, benign: Dataset, path: Path) -> float:
     return float(read_json(path)["perplexity"])
 
 
-def _labels(pairs: Dataset, column: str) -> list[bool | None] | None:
-    """The labels of ``column``; None where the data has none, which takes chosen for safe and rejected for unsafe."""
-    labels = list(pairs[column])
-    return None if all(label is None for label in labels) else labels
+def safety_labels(pairs: Dataset) -> dict[str, list[bool | None] | None]:
+    """The labels of each side, as a fit takes them; None, where there are none, is chosen safe and rejected unsafe."""
+    columns = {name: list(pairs[name]) for name in ("chosen_is_safe", "rejected_is_safe")}
+    return {name: None if all(label is None for label in labels) else labels for name, labels in columns.items()}
 
 
 def by_reward(

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from reprdpo.data import TokenizeConfig
 from reprdpo.data.sandbox import load_sandbox
 from reprdpo.errors import UserError
-from reprdpo.experiments.experiment import run_experiment
 from reprdpo.experiments.recipes._movement import Draw, Moved, Scores, compare, drawn, score, sequence_logps
 from reprdpo.experiments.stages import Policy
 from reprdpo.files import read_json, read_jsonl
@@ -34,12 +33,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def experiment(folder: Path, cache_dir: Path) -> Experiment:
+def experiment(folder: Path, tiny_experiment: Callable[..., Path]) -> Experiment:
     def run(name: str, output_dir: Path = folder, **arguments: Any) -> dict[str, Any]:
-        settings = SETTINGS | {"cache_dir": str(cache_dir)} | arguments.pop("settings", {})
-        quiet = {"say": lambda line: None}
-        where = run_experiment(name, scale="tiny", output_dir=output_dir, settings=settings, **(quiet | arguments))
-        return read_json(where / "result.json")
+        settings = SETTINGS | arguments.pop("settings", {})
+        return read_json(tiny_experiment(name, output_dir, settings=settings, **arguments) / "result.json")
 
     return run
 

@@ -26,12 +26,9 @@ def experiments(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def experiment(experiments: Path, cache_dir: Path) -> Experiment:
+def experiment(experiments: Path, tiny_experiment: Callable[..., Path]) -> Experiment:
     def run(name: str, output_dir: Path = experiments, **arguments: Any) -> dict[str, Any]:
-        settings = {"cache_dir": str(cache_dir)} | arguments.pop("settings", {})
-        quiet = {"say": lambda line: None}
-        folder = run_experiment(name, scale="tiny", output_dir=output_dir, settings=settings, **(quiet | arguments))
-        return read_json(folder / "result.json")
+        return read_json(tiny_experiment(name, output_dir, **arguments) / "result.json")
 
     return run
 
