@@ -21,7 +21,7 @@ from benchmarks.device import device_name, free_bytes, peak_bytes, rounds_for, s
 from benchmarks.harness import DEVICE, Work, count, measure
 from reprdpo import costs, ops
 from reprdpo.reward import HiddenStateTap, HybridReward, RewardUpdater
-from reprdpo.sampling.engine import growing_cache
+from reprdpo.sampling.transformers_engine import growing_cache
 
 P = 4 if DEVICE == "cuda" else 1
 DTYPE = torch.bfloat16

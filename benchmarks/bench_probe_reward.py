@@ -24,8 +24,6 @@ UPSTREAM = 0.7  # accumulation makes others than 1 the normal case
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OURS = get_args(Backend)
 
-Implementation = Callable[..., Tensor | Sequence[Tensor]]
-
 
 def make_inputs(seed: int, L: int, D: int, dtype: torch.dtype, requires_grad: bool) -> list[Any]:
     """L layers [B, T, D], the index [B], w, b, v, c, and the upstream gradient [B]."""

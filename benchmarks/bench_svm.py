@@ -22,7 +22,6 @@ TOL = 1e-4
 REAL = Path(os.environ.get("REPRDPO_REAL", Path(__file__).parents[2] / "shared" / "real"))
 STATES = REAL / "states" / "llama2_7b_last_token.safetensors"
 SOURCE = "real states" if STATES.is_file() else "made rows"
-Implementation = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_inputs(seed: int, device: str = "cpu") -> list[Tensor]:

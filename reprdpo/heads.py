@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from reprdpo import ops
 from reprdpo.errors import UserError
-from reprdpo.models import output_head, unwrap
+from reprdpo.models import evaluating, output_head, unwrap
 
 Result = TypeVar("Result", bound=Tensor | tuple[Any, ...])
 
@@ -102,11 +102,9 @@ def check_head(model: nn.Module) -> None:
     """
     causal_lm, head = unwrap(model), output_head(model)
     ids_BT = torch.arange(min(8, head.weight.shape[0]), device=head.weight.device)[None]
-    was_training = causal_lm.training
-    causal_lm.eval()
-    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
-    mine_BTV = run_at_head(model, lambda hidden, spec: spec.logits(hidden), input_ids=ids_BT, use_cache=False)
-    causal_lm.train(was_training)
+    with evaluating(causal_lm):
+        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
+        mine_BTV = run_at_head(model, lambda hidden, spec: spec.logits(hidden), input_ids=ids_BT, use_cache=False)
     error = (logits_BTV - mine_BTV).abs().max() if logits_BTV.shape == mine_BTV.shape else torch.tensor(torch.inf)
     if not error <= 8 * torch.finfo(head.weight.dtype).eps * logits_BTV.abs().max().clamp(min=1.0):
         raise UserError(

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.integrations import deepspeed
 from transformers.utils import logging as hf_logging
 
-from reprdpo.errors import UserError
+from reprdpo.errors import UserError, first_line
 from reprdpo.files import looks_local
 
 _ADAPTERS_FILE = "adapter_config.json"
@@ -70,6 +70,17 @@ class Quantization:
         )
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A block in which the model is in evaluation mode; it is left in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def load_causal_lm(
     path: str | Path,
     *,
@@ -101,7 +112,7 @@ def load_causal_lm(
         with progress_bars(size), _whole():
             model, info = AutoModelForCausalLM.from_pretrained(**options, dtype=dtype, output_loading_info=True)
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path}: no causal LM could be loaded: {_first_line(error)}") from error
+        raise _not_loaded(path, "causal LM", error) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"{path}: the weights lack {len(missing)} of the model's parameters (first: {missing[0]}), "
@@ -143,7 +154,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     try:
         tokenizer = AutoTokenizer.from_pretrained(**options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: no tokenizer could be loaded: {_first_line(error)}") from error
+        raise _not_loaded(path, "tokenizer", error) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no end-of-sequence token, where the reward is read; set eos_token")
     if tokenizer.pad_token_id is None:
@@ -309,7 +320,7 @@ def _with_adapters(path: str | Path, **options: Any) -> Any:
     except UserError as error:
         raise UserError(f"{path}: the base model of these adapters: {error}") from error
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path}: no adapters could be loaded: {_first_line(error)}") from error
+        raise _not_loaded(path, "adapters", error) from error
 
 
 def _dtype_of(dtype: str | torch.dtype, config: Any) -> torch.dtype:
@@ -329,5 +340,7 @@ def _where(path: str | Path, what: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": str(place if local else path), "local_files_only": local}
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _not_loaded(path: str | Path, what: str, error: BaseException) -> UserError:
+    why = first_line(error).rstrip(".")
+    cure = "" if looks_local(path) else "; there is no such folder here: check it, or the hub's name and the connection"
+    return UserError(f"{path}: no {what} could be loaded: {why}{cure}")

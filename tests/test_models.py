@@ -189,3 +189,10 @@ def test_tokenizers(tmp_path: Path, real_dir: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no tokenizer could be loaded"):
         load_tokenizer(source.parent)
+
+
+def test_a_name_that_is_no_folder_is_said_to_be_taken_for_the_hubs(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for load in (load_tokenizer, load_causal_lm):
+        with pytest.raises(UserError, match=r"^nowhere: no .* loaded: .*no such folder here: check it, or the hub"):
+            load("nowhere")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from reprdpo.data.schema import PREFERENCES, PROMPTS, RESPONSES, InvalidRowError
-from reprdpo.errors import UserError
+from reprdpo.errors import UserError, first_line
 from reprdpo.files import looks_local
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
@@ -109,7 +109,7 @@ def _open_saved(path: Path, split: str) -> Dataset:
     try:
         saved = load_from_disk(str(path))
     except Exception as error:
-        raise UserError(f"{path}: the saved data set cannot be read ({_first_line(error)}); save it again") from error
+        raise UserError(f"{path}: the saved data set cannot be read ({first_line(error)}); save it again") from error
     if not isinstance(saved, DatasetDict):
         return saved
     if split not in saved:
@@ -123,7 +123,7 @@ def _open_named(name: str, split: str, hub: Mapping[str, str]) -> Dataset:
         return load_dataset(name, split=split, **hub)
     except Exception as error:
         raise UserError(
-            f"{name}: cannot be loaded as a data set, split '{split}' ({_first_line(error)}); check both"
+            f"{name}: cannot be loaded as a data set, split '{split}' ({first_line(error)}); check both"
         ) from error
 
 
@@ -142,7 +142,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             yield from _dataset_rows(rows)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: is not a whole Parquet file ({_first_line(error)}); write it again") from error
+        raise UserError(f"{path}: is not a whole Parquet file ({first_line(error)}); write it again") from error
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -207,7 +207,3 @@ def _parse(content: bytes) -> Any:
         return InvalidRowError(f"is not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
     except (json.JSONDecodeError, RecursionError) as error:
         return InvalidRowError(f"is not JSON ({error}); write one JSON object a line (or a list in a .json file)")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

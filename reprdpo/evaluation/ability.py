@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reprdpo.errors import UserError
+from reprdpo.models import evaluating
 
 _METRIC = "acc"
 
@@ -73,14 +74,9 @@ def ability(
         UserError: as :func:`load_tasks`, or a task that has no right and wrong answers.
     """
     harness, tasks = _harness(), load_tasks(config) if tasks is None else tasks
-    was_training = model.training
-    model.eval()
-    try:
-        with _network(config.network):
-            asked = harness.models.huggingface.HFLM(model, tokenizer=tokenizer, batch_size=config.batch_size)
-            found = harness.evaluate(asked, {"tasks": dict(tasks)}, limit=config.limit, bootstrap_iters=0)
-    finally:
-        model.train(was_training)
+    with evaluating(model), _network(config.network):
+        asked = harness.models.huggingface.HFLM(model, tokenizer=tokenizer, batch_size=config.batch_size)
+        found = harness.evaluate(asked, {"tasks": dict(tasks)}, limit=config.limit, bootstrap_iters=0)
     return {name: _outcomes(name, samples) for name, samples in sorted(found["samples"].items())}
 
 

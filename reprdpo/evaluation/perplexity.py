@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from reprdpo.data import ResponseCollator, length_grouped_batches
 from reprdpo.errors import UserError
 from reprdpo.heads import token_logps
+from reprdpo.models import evaluating
 
 
 @torch.inference_mode()
@@ -33,10 +34,8 @@ def perplexity(
         raise UserError("perplexity: no texts; give a file with at least one line")
     collate = ResponseCollator(_pad_token_id(model))
     batches = length_grouped_batches([len(row["input_ids"]) for row in rows], batch_size)
-    was_training = model.training
-    model.eval()
     total, count = 0.0, 0
-    try:
+    with evaluating(model):
         for batch in tqdm(batches, unit=" batches", desc="perplexity", disable=not progress, delay=2):
             inputs = {
                 name: value.to(model.device) if isinstance(value, Tensor) else value
@@ -44,8 +43,6 @@ def perplexity(
             }
             total -= float(token_logps(model, inputs).sum(dtype=torch.float64))
             count += inputs["scored_index"].numel()
-    finally:
-        model.train(was_training)
     if count == 0:
         raise UserError("perplexity: not one token to score; each text needs at least one token after its prompt")
     mean = total / count

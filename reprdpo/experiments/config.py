@@ -85,6 +85,17 @@ class EvaluateSection:
     temperature: float = field(default=1.0, metadata={"help": "0 is greedy"})
     batch_size: int = field(default=64, metadata={"help": "sequences generated together"})
 
+    def sampling(self, num_responses: int, seed: int) -> SamplingConfig:
+        """How a policy answers; a prompt that is too long is cut at its start."""
+        return SamplingConfig(
+            num_responses=num_responses,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            batch_size=self.batch_size,
+            seed=seed,
+            truncation_mode="keep_end",
+        )
+
 
 @dataclass(frozen=True)
 class Variant:

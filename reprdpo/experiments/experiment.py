@@ -27,9 +27,10 @@ from reprdpo.experiments.run_folder import (
     shared_settings,
     source_commit,
 )
-from reprdpo.files import content_hash, write_json
+from reprdpo.files import content_hash, read_json, write_json
 
 RECIPES = "reprdpo.experiments.recipes"
+SECONDS_FILE = "seconds.json"
 SCALES = {
     "tiny": "seconds, on the smallest sandbox: shows that it runs, says nothing about the method",
     "small": "minutes on a laptop: the sandbox, or any small model",
@@ -89,7 +90,8 @@ def run_experiment(
 ) -> Path:
     """Run the experiment ``name``; the same command again goes on where it stopped. Returns the experiment's folder.
 
-    ``settings`` replace the recipe's pipeline settings (RunConfig), ``options`` its own.
+    ``settings`` replace the recipe's pipeline settings (RunConfig), ``options`` its own. The result's ``seconds`` are
+    those of every start in the folder together.
 
     Raises:
         UserError: no such experiment or scale, a setting that does not exist or does not fit, a folder that holds
@@ -101,11 +103,19 @@ def run_experiment(
     folder = root / name
     held = checked_settings(folder, {"experiment": name, "run": comparable(asdict(config)), "options": asdict(chosen)})
 
+    spent = folder / SECONDS_FILE
+    earlier = read_json(spent)["seconds"] if spent.exists() else 0.0
+
     def begin() -> None:
         write_json(folder / SETTINGS_FILE, held)
 
-    result: Result = recipe.run(Job(name, scale, config, chosen, folder, root / "runs", say, begin))
-    begin()
+    try:
+        result: Result = recipe.run(Job(name, scale, config, chosen, folder, root / "runs", say, begin))
+        begin()
+    finally:
+        seconds = earlier + time.perf_counter() - began
+        if (folder / SETTINGS_FILE).exists():  # else nothing began, and the folder is not claimed
+            write_json(spent, {"seconds": seconds})
     write_json(
         folder / RESULT_FILE,
         {
@@ -120,7 +130,7 @@ def run_experiment(
             "model": config.model,
             "scale": scale,
             "seeds": list(config.seeds),
-            "seconds": time.perf_counter() - began,
+            "seconds": seconds,
             **result.to_json(),
         },
     )

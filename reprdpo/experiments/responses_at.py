@@ -20,7 +20,7 @@ from reprdpo.experiments.stages import Policy, Score, by_reward
 from reprdpo.files import content_hash
 from reprdpo.models import model_fingerprint
 from reprdpo.reward import HybridReward
-from reprdpo.sampling import SamplingConfig, TransformersEngine, rank_responses, read_samples, sample_responses
+from reprdpo.sampling import TransformersEngine, rank_responses, read_samples, sample_responses
 from reprdpo.training import BradleyTerryRewardModel
 
 Value = TypeVar("Value")
@@ -85,19 +85,12 @@ class Answerer:
         Raises:
             UserError: several responses drawn greedily, or a file of responses to other prompts or of another model.
         """
-        settings = self.settings
-        if many > 1 and settings.temperature == 0:
+        if many > 1 and self.settings.temperature == 0:
             raise UserError(f"evaluate.temperature: is 0, and {many} responses would be one; give a positive number")
-        sampling = SamplingConfig(
-            num_responses=many,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            batch_size=settings.batch_size,
-            seed=self.seed,
-            truncation_mode="keep_end",
-        )
         path = folder / f"{self.name}-seed-{self.seed}.samples.jsonl"
-        sample_responses(TransformersEngine(self.model, self.tokenizer), prompts, path, sampling)
+        sample_responses(
+            TransformersEngine(self.model, self.tokenizer), prompts, path, self.settings.sampling(many, self.seed)
+        )
         records = read_samples(path)
         texts = [[response["text"] for response in record["responses"]] for record in records]
         return Responses(path, [record["prompt"] for record in records], texts)

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,13 @@ Score = Callable[[list[Prompt], list[str]], list[float]]
 
 @dataclass(frozen=True)
 class Policy:
-    """A causal LM on disk, and how it is loaded and text tokenised for it."""
+    """A causal LM on disk, and how it is loaded and text tokenised for it: no default, so that no caller drops one."""
 
     path: str
     data: TokenizeConfig
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    quantization: Quantization = field(default_factory=Quantization)
+    dtype: str
+    trust_remote_code: bool
+    quantization: Quantization
 
     @classmethod
     def of(cls, config: RunConfig, path: str) -> "Policy":
@@ -89,11 +89,7 @@ def fit_reward(policy: Policy, pairs: Dataset, config: RewardFitConfig, output: 
     """Fit the reward on the policy's hidden states of tokenised ``pairs``; write it to ``output``."""
     tokenizer, model = policy.tokenizer(), policy.model()
     states = extract_pair_states(model, pairs, pad_token_id=tokenizer.pad_token_id, pool=config.pool)
-    labels = {
-        "groups": pairs["prompt_id"],
-        "chosen_is_safe": _labels(pairs, "chosen_is_safe"),
-        "rejected_is_safe": _labels(pairs, "rejected_is_safe"),
-    }
+    labels = {"groups": pairs["prompt_id"], **safety_labels(pairs)}
     if isinstance(config, FitSection) and config.layers != "all":
         reward, report = fit_single_layer(*states, config, config.layers, base=model, **labels)
     else:
@@ -239,14 +235,7 @@ def evaluate_policy(
     refusals: Judge = judge if "refusal" in judge.gives else KeywordRefusalJudge()
     place = output if answers is None else answers / output.name
     many = 1 if reward is None else drawn or best_of
-    sampling = SamplingConfig(
-        num_responses=many,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        batch_size=config.batch_size,
-        seed=seed,
-        truncation_mode="keep_end",
-    )
+    sampling = config.sampling(many, seed)
     asked = {"responses": red_team} | ({} if borderline is None else {"borderline": borderline})
 
     def answer() -> tuple[dict[str, Path], float | None]:
@@ -307,10 +296,10 @@ def _perplexity(model: PreTrainedModel, benign: Dataset, path: Path) -> float:
     return float(read_json(path)["perplexity"])
 
 
-def _labels(pairs: Dataset, column: str) -> list[bool | None] | None:
-    """The labels of ``column``; None where the data has none, which takes chosen for safe and rejected for unsafe."""
-    labels = list(pairs[column])
-    return None if all(label is None for label in labels) else labels
+def safety_labels(pairs: Dataset) -> dict[str, list[bool | None] | None]:
+    """The labels of each side, as a fit takes them; None, where there are none, is chosen safe and rejected unsafe."""
+    columns = {name: list(pairs[name]) for name in ("chosen_is_safe", "rejected_is_safe")}
+    return {name: None if all(label is None for label in labels) else labels for name, labels in columns.items()}
 
 
 def by_reward(

@@ -43,13 +43,18 @@ def preference_confidence(
     checks.check_rank("chosen_reward", chosen_reward, 1, meaning="[P]")
     checks.check_shape("rejected_reward", rejected_reward, chosen_reward.shape, meaning="[P]")
     checks.check_same_device(chosen_reward=chosen_reward, rejected_reward=rejected_reward)
+    check_confidence_options(alpha, floor, reduce)
+    return torch.ops.reprdpo.preference_confidence(
+        chosen_reward.detach(), rejected_reward.detach(), alpha, squash, floor, reduce
+    )
+
+
+def check_confidence_options(alpha: float, floor: float | None, reduce: str | None) -> None:
+    """Raise where alpha, floor or reduce is not what :func:`preference_confidence` takes."""
     checks.check_finite_scalar("alpha", alpha, minimum=0)
     if floor is not None:
         checks.check_finite_scalar("floor", floor, minimum=0, maximum=1)
     checks.check_choice("reduce", reduce, (None, "batch"))
-    return torch.ops.reprdpo.preference_confidence(
-        chosen_reward.detach(), rejected_reward.detach(), alpha, squash, floor, reduce
-    )
 
 
 @torch.library.custom_op("reprdpo::preference_confidence", mutates_args=())

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from reprdpo.ops import checks, reference
 from reprdpo.ops.backend import declare, select
 from reprdpo.ops.pooling import as_index, as_layers, layer_count
+from reprdpo.ops.preference_confidence import check_confidence_options
 
 # B sequences, T padded length, N packed tokens, L layers, D hidden size.
 
@@ -178,10 +179,7 @@ Upstream = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _confidence_options(alpha: float, squash: bool, floor: float | None, reduce: str | None) -> ConfidenceOptions:
-    checks.check_finite_scalar("alpha", alpha, minimum=0)
-    if floor is not None:
-        checks.check_finite_scalar("floor", floor, minimum=0, maximum=1)
-    checks.check_choice("reduce", reduce, (None, "batch"))
+    check_confidence_options(alpha, floor, reduce)
     return alpha, bool(squash), floor, reduce == "batch"
 
 

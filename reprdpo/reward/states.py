@@ -15,7 +15,7 @@ from tqdm import tqdm
 from reprdpo import costs
 from reprdpo.data import length_grouped_batches
 from reprdpo.errors import UserError
-from reprdpo.models import decoder, forward_flop
+from reprdpo.models import decoder, evaluating, forward_flop
 from reprdpo.reward.taps import Pool, PooledStateTap
 
 
@@ -80,23 +80,21 @@ def extract_states(
     starts = [int(row["response_start"]) for row in rows] if response_only else [0] * len(sequences)
     device = next(model.parameters()).device
     states: Tensor | None = None
-    was_training = model.training
-    model.eval()
-    try:
-        with tqdm(total=len(sequences), desc="hidden states", unit="row", disable=not progress, delay=2) as bar:
-            for batch in length_grouped_batches([len(ids) for ids in sequences], batch_size):
-                ids_BT, mask_BT = _pad([sequences[i] for i in batch], pad_token_id, padding_side)
-                start_B1 = torch.tensor([[starts[i]] for i in batch])
-                pooled_mask_BT = mask_BT * (mask_BT.cumsum(1) > start_B1)
-                pooled_BLD = pool_states(
-                    model, ids_BT.to(device), mask_BT.to(device), pool=pool, pooled_mask=pooled_mask_BT.to(device)
-                )
-                if states is None:
-                    states = torch.empty(len(sequences), *pooled_BLD.shape[1:], dtype=dtype)
-                states[torch.tensor(batch)] = pooled_BLD.to("cpu", dtype)
-                bar.update(len(batch))
-    finally:
-        model.train(was_training)
+    with (
+        evaluating(model),
+        tqdm(total=len(sequences), desc="hidden states", unit="row", disable=not progress, delay=2) as bar,
+    ):
+        for batch in length_grouped_batches([len(ids) for ids in sequences], batch_size):
+            ids_BT, mask_BT = _pad([sequences[i] for i in batch], pad_token_id, padding_side)
+            start_B1 = torch.tensor([[starts[i]] for i in batch])
+            pooled_mask_BT = mask_BT * (mask_BT.cumsum(1) > start_B1)
+            pooled_BLD = pool_states(
+                model, ids_BT.to(device), mask_BT.to(device), pool=pool, pooled_mask=pooled_mask_BT.to(device)
+            )
+            if states is None:
+                states = torch.empty(len(sequences), *pooled_BLD.shape[1:], dtype=dtype)
+            states[torch.tensor(batch)] = pooled_BLD.to("cpu", dtype)
+            bar.update(len(batch))
     assert states is not None
     return states
 

@@ -2,11 +2,12 @@
 
 from reprdpo.sampling.best_of_n import best_of_n, rank_responses, read_samples, sample_responses
 from reprdpo.sampling.continuous import ContinuousBatchingEngine
-from reprdpo.sampling.engine import Engine, Response, SamplingConfig, TransformersEngine
+from reprdpo.sampling.engine import Engine, Response, SamplingConfig
 from reprdpo.sampling.engine_config import EngineConfig, build_engine
 from reprdpo.sampling.openai_engine import OpenAIEngine
 from reprdpo.sampling.pairs import PairReport, build_pairs
 from reprdpo.sampling.scoring import score_responses
+from reprdpo.sampling.transformers_engine import TransformersEngine
 
 __all__ = [
     "ContinuousBatchingEngine",

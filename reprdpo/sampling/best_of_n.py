@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +55,10 @@ def sample_responses(
     rows = [_without_responses(number, row) for number, row in enumerate(prompts)]
     header = _header(engine, rows, config, scored=score is not None, key=key)
     present = _records_present(path, header, len(rows))
-    missing = [row for row in rows if row["prompt_id"] not in present]
-    if missing:
-        with (
-            JsonlWriter(path) as writer,
-            tqdm(total=len(rows), desc="sampling", unit="prompt", disable=not progress, delay=2) as bar,
-        ):
-            if not path.stat().st_size:
-                writer.write(header)
-            bar.update(len(present))
-            for drawn in _drawn(engine, rows, present, config):
-                for record in _scored(drawn, config, score):
-                    writer.write(record)
-                bar.update(len(drawn))
+    if len(present) < len(rows):
+        batches = (_scored(drawn, config, score) for drawn in _drawn(engine, rows, present, config))
+        with tqdm(total=len(rows), desc="sampling", unit="prompt", disable=not progress, delay=2) as bar:
+            _append(path, header, batches, len(present), bar)
         _sort_file(path)
     return path
 
@@ -105,29 +96,36 @@ def rank_responses(
         raise UserError(f"{source}: holds fewer than {first} responses to a prompt; draw more (num_responses)")
     header |= {"scored": True, "key": content_hash(header["key"], key, first)}
     present = _records_present(path, header, len(records))
-    missing = [record for record in records if record["prompt_id"] not in present]
-    with (
-        JsonlWriter(path) as writer,
-        tqdm(total=len(records), desc="ranking", unit="prompt", disable=not progress, delay=2) as bar,
-    ):
-        if not path.stat().st_size:
-            writer.write(header)
-        bar.update(len(present))
-        for start in range(0, len(missing), prompts_at_once):
-            chunk = missing[start : start + prompts_at_once]
-            for record in _ranked_anew(
-                [record | {"responses": record["responses"][:first]} for record in chunk], score
-            ):
-                writer.write(record)
-            bar.update(len(chunk))
+    missing = [
+        record | {"responses": record["responses"][:first]} for record in records if record["prompt_id"] not in present
+    ]
+    chunks = (missing[start : start + prompts_at_once] for start in range(0, len(missing), prompts_at_once))
+    with tqdm(total=len(records), desc="ranking", unit="prompt", disable=not progress, delay=2) as bar:
+        _append(path, header, (_ranked_anew(chunk, score) for chunk in chunks), len(present), bar)
     return path
 
 
-def _ranked_anew(records: list[dict[str, Any]], score: Score) -> Iterator[dict[str, Any]]:
+def _append(
+    path: Path, header: dict[str, Any], batches: Iterable[list[dict[str, Any]]], present: int, bar: "tqdm[Any]"
+) -> None:
+    """Write the records as they come, behind the ``header`` where the file is new."""
+    with JsonlWriter(path) as writer:
+        if not path.stat().st_size:
+            writer.write(header)
+        bar.update(present)
+        for records in batches:
+            for record in records:
+                writer.write(record)
+            bar.update(len(records))
+
+
+def _ranked_anew(records: list[dict[str, Any]], score: Score) -> list[dict[str, Any]]:
     asked = [record["prompt"] for record in records for _ in record["responses"]]
     rewards = iter(score(asked, [response["text"] for record in records for response in record["responses"]]))
-    for record in records:
-        yield record | {"responses": [answer | {"reward": float(next(rewards))} for answer in record["responses"]]}
+    return [
+        record | {"responses": [answer | {"reward": float(next(rewards))} for answer in record["responses"]]}
+        for record in records
+    ]
 
 
 def read_samples(path: str | Path) -> list[dict[str, Any]]:

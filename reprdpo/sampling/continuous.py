@@ -13,20 +13,8 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from reprdpo import costs
 from reprdpo.errors import UserError
-from reprdpo.models import forward_flop
-from reprdpo.sampling.engine import (
-    Prompt,
-    Response,
-    SamplingConfig,
-    check_finite,
-    decode_responses,
-    encode_prompt,
-    end_token_ids,
-    max_positions,
-    pick_tokens,
-    uniforms,
-    weights_and_vocabulary,
-)
+from reprdpo.models import evaluating, forward_flop
+from reprdpo.sampling.engine import LocalEngine, Response, SamplingConfig, check_finite, pick_tokens, uniforms
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig
@@ -47,11 +35,11 @@ _FLASH_PAGE, _MASKED_PAGE = 256, 32  # tokens a page of the cache; flash-attn's 
 _FLASH_TOKENS, _MASKED_TOKENS = 4096, 512  # tokens a forward; without flash-attn a mask holds them by the whole cache
 
 
-class ContinuousBatchingEngine:
+class ContinuousBatchingEngine(LocalEngine):
     """An :class:`~reprdpo.sampling.engine.Engine` on transformers' paged cache and continuous batching.
 
     ``batch_size`` sequences are decoded together, and the next one enters where one ends. Tokens are picked by the
-    streams and the rule of :class:`~reprdpo.sampling.engine.TransformersEngine`, so both engines give the same texts
+    streams and the rule of :class:`~reprdpo.sampling.TransformersEngine`, so both engines give the same texts
     but for rounding, and one goes on with a file of the other. flash-attn is used where it is installed and the model
     is in half precision; the other attentions read the whole cache through a mask, which suits small models.
 
@@ -63,54 +51,26 @@ class ContinuousBatchingEngine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         check_supported()
-        self.model = model
-        self.tokenizer = tokenizer
-        self._end_ids = end_token_ids(model, tokenizer)
-        self._fingerprint: str | None = None
+        super().__init__(model, tokenizer)
 
-    def fingerprint(self) -> str:
-        """As TransformersEngine's: hashed once, a model that moved needs another engine."""
-        if self._fingerprint is None:
-            self._fingerprint = weights_and_vocabulary(self.model, self.tokenizer)
-        return self._fingerprint
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        config: SamplingConfig,
-        *,
-        num_responses: int | None = None,
-        prompt_ids: Sequence[int] | None = None,
+    def _responses(
+        self, encoded: list[list[int]], prompt_ids: Sequence[int], config: SamplingConfig, num_responses: int
     ) -> Iterator[tuple[int, list[Response]]]:
-        """See :meth:`Engine.generate`. Generation rests while the caller holds what was yielded, so that the caller
-        can use the model.
-
-        Raises:
-            UserError: a prompt without tokens or too long, logits that are not finite, or a model that continuous
-                batching cannot run.
-        """
-        count = num_responses or config.num_responses
-        ids = range(len(prompts)) if prompt_ids is None else prompt_ids
-        positions = max_positions(self.model)
-        encoded = [
-            encode_prompt(self.tokenizer, prompt, number, config, positions)
-            for number, prompt in zip(ids, prompts, strict=True)
-        ]
+        """Generation rests while the caller holds what was yielded, so that the caller can use the model."""
         if not encoded:
             return
-        copies = 1 if config.temperature == 0 else count
+        copies = 1 if config.temperature == 0 else num_responses
         self._check_logits(encoded[0])
         finished: dict[int, list[list[int]]] = {}
         following = 0
-        with self._manager(encoded, ids, config, copies) as manager:
+        with self._manager(encoded, prompt_ids, config, copies) as manager:
             for place, copy, tokens in self._results(manager, len(encoded) * copies):
                 finished.setdefault(place, [[]] * copies)[copy] = tokens
                 costs.count(forward_flop(self.model, len(encoded[place]) + len(tokens), scored=len(tokens)))
                 while following in finished and all(finished[following]):
-                    texts = finished.pop(following)
-                    responses = decode_responses(self.tokenizer, encoded[following], texts, self._end_ids)
+                    responses = self._decode(encoded[following], finished.pop(following))
                     with manager.pause():
-                        yield following, responses * (count // copies)
+                        yield following, responses * (num_responses // copies)
                     following += 1
 
     @contextlib.contextmanager
@@ -175,13 +135,9 @@ class ContinuousBatchingEngine:
     @torch.inference_mode()
     def _check_logits(self, tokens: list[int]) -> None:
         """One forward ahead: in the thread of the manager nobody would look."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             ids = torch.tensor([tokens], device=self.model.device)
             check_finite(self.model(ids, use_cache=False, logits_to_keep=1).logits[:, -1].float())
-        finally:
-            self.model.train(was_training)
 
 
 class _PickProcessor(ContinuousBatchingLogitsProcessor):

@@ -1,10 +1,11 @@
-"""Sampling engines: batched generation from a causal LM that gives the same texts resumed or not.
+"""What sampling engines are and share: how responses are drawn, prompts' tokens, the rule that picks a token.
 
-Shape suffixes: B sequences (= prompts x responses), T tokens, V vocabulary.
+Shape suffixes: B sequences (= prompts x responses), V vocabulary.
 """
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -13,13 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from reprdpo import costs
 from reprdpo.data import PromptTooLongError, TokenizeConfig, tokenize_prompt
 from reprdpo.data import Text as Prompt
 from reprdpo.errors import UserError
-from reprdpo.models import forward_flop, model_fingerprint
+from reprdpo.models import model_fingerprint
 
 TRUNCATION_MODES = ("error", "keep_end", "keep_start")
 
@@ -108,14 +107,8 @@ class Engine(Protocol):
         ...
 
 
-class TransformersEngine:
-    """An :class:`Engine` on a transformers causal LM.
-
-    Every response has a random stream of its own, named by (seed, prompt id, response number), and one uniform of it
-    picks each token by inverse CDF. So a response depends on nothing sampled before or beside it (but for the rounding
-    of differently shaped matmuls): a longer ``max_new_tokens`` extends it, a larger ``num_responses`` adds to it.
-    A prompt is read once for all its responses, and finished sequences leave the batch.
-    """
+class LocalEngine(ABC):
+    """An :class:`Engine` on a model in this process: its name, its prompts' tokens and its responses' texts."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
@@ -126,7 +119,8 @@ class TransformersEngine:
     def fingerprint(self) -> str:
         """The model's weights and the tokenizer's vocabulary, hashed once: a model that moved needs another engine."""
         if self._fingerprint is None:
-            self._fingerprint = weights_and_vocabulary(self.model, self.tokenizer)
+            vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()
+            self._fingerprint = f"{model_fingerprint(self.model)}-{hashlib.sha256(vocabulary).hexdigest()[:8]}"
         return self._fingerprint
 
     def generate(
@@ -137,96 +131,39 @@ class TransformersEngine:
         num_responses: int | None = None,
         prompt_ids: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, list[Response]]]:
-        """See :meth:`Engine.generate`; batches hold prompts of like length, the longest first.
+        """See :meth:`Engine.generate`.
 
         Raises:
-            UserError: a prompt without tokens or too long for the model, or logits that are not finite.
+            UserError: a prompt without tokens or too long for the model, logits that are not finite, or a model that
+                the engine cannot run.
         """
-        count = num_responses or config.num_responses
         ids = range(len(prompts)) if prompt_ids is None else prompt_ids
         positions = max_positions(self.model)
         encoded = [
             encode_prompt(self.tokenizer, prompt, number, config, positions)
             for number, prompt in zip(ids, prompts, strict=True)
         ]
-        order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
-        size = config.prompts_per_batch(count)
-        finished: dict[int, list[Response]] = {}
-        following = 0
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            tokens = self._sample([encoded[row] for row in rows], [ids[row] for row in rows], config, count)
-            for place, row in enumerate(rows):
-                mine = tokens[place * count : (place + 1) * count]
-                finished[row] = decode_responses(self.tokenizer, encoded[row], mine, self._end_ids)
-            while following in finished:
-                yield following, finished.pop(following)
-                following += 1
+        yield from self._responses(encoded, ids, config, num_responses or config.num_responses)
 
-    @torch.inference_mode()
-    def _sample(
-        self, prompts: list[list[int]], prompt_ids: list[int], config: SamplingConfig, num_responses: int
-    ) -> list[list[int]]:
-        """Token lists, the responses of a prompt side by side, each with its end token if it met one."""
-        copies = 1 if config.temperature == 0 else num_responses
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            sampled_BT = self._decode_loop(prompts, prompt_ids, config, copies)
-        finally:
-            self.model.train(was_training)
-        rows = [_until_end(row, self._end_ids) for row in sampled_BT.tolist()]
-        return [row for row in rows for _ in range(num_responses // copies)]
+    @abstractmethod
+    def _responses(
+        self, encoded: list[list[int]], prompt_ids: Sequence[int], config: SamplingConfig, num_responses: int
+    ) -> Iterator[tuple[int, list[Response]]]:
+        """What :meth:`generate` yields, of the prompts' tokens."""
 
-    def _decode_loop(
-        self, prompts: list[list[int]], prompt_ids: list[int], config: SamplingConfig, copies: int
-    ) -> Tensor:
-        device = self.model.device
-        pad_id, steps = self.tokenizer.pad_token_id or 0, config.max_new_tokens
-        input_ids, mask = _left_padded(prompts, pad_id, device)
-        prompt_length = input_ids.shape[1]
-        position_ids = (mask.cumsum(-1) - 1).clamp_(min=0)
-        cache = growing_cache(self.model, prompt_length + steps)
-        logits = self._forward(input_ids, mask, position_ids, cache)
-        check_finite(logits)
-
-        cache.batch_repeat_interleave(copies)
-        logits_BV = logits.repeat_interleave(copies, 0)
-        position_B1 = position_ids[:, -1:].repeat_interleave(copies, 0)
-        mask_BT = torch.nn.functional.pad(mask.repeat_interleave(copies, 0), (0, steps), value=1)
-        uniform_BT = _uniforms(config.seed, prompt_ids, copies, steps).to(device)
-        end_ids = torch.tensor(sorted(self._end_ids), device=device)
-        sampled_BT = torch.full_like(uniform_BT, int(end_ids[0]), dtype=torch.long)
-        row_B = torch.arange(len(sampled_BT), device=device)
-        alive_B = torch.ones_like(row_B, dtype=torch.bool)
-        for step in range(steps):
-            token_B = pick_tokens(logits_BV, uniform_BT[row_B, step], config)
-            sampled_BT[row_B[alive_B], step] = token_B[alive_B]
-            alive_B &= torch.isin(token_B, end_ids, invert=True)
-            remaining = int(alive_B.sum())
-            if remaining == 0 or step + 1 == steps:
-                break
-            if remaining <= 0.75 * len(row_B):  # a copy of the cache for cheaper steps from here on
-                kept = alive_B.nonzero().squeeze(1)
-                cache.batch_select_indices(kept)
-                row_B, token_B, position_B1, mask_BT = row_B[kept], token_B[kept], position_B1[kept], mask_BT[kept]
-                alive_B = alive_B[kept]
-            position_B1 = position_B1 + 1
-            seen = prompt_length + step + 1
-            logits_BV = self._forward(token_B[:, None], mask_BT[:, :seen], position_B1, cache)
-        return sampled_BT
-
-    def _forward(self, input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache) -> Tensor:
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        costs.count(forward_flop(self.model, input_ids.numel(), scored=len(input_ids)))
-        return output.logits[:, -1].float()
+    def _decode(self, prompt: list[int], responses: list[list[int]]) -> list[Response]:
+        """Texts that continue the prompt: decoded behind it, since many tokenizers drop a text's leading space."""
+        before = self.tokenizer.decode(prompt, skip_special_tokens=True)
+        decoded = []
+        for tokens in responses:
+            ended = tokens[-1] in self._end_ids
+            body = tokens[:-1] if ended else tokens
+            whole = self.tokenizer.decode(prompt + body, skip_special_tokens=True)
+            continues = whole.startswith(before)
+            text = whole[len(before) :] if continues else self.tokenizer.decode(body, skip_special_tokens=True)
+            # A text cut amid a character's bytes ends in replacement marks, which the model never said.
+            decoded.append(Response(text if ended else text.rstrip("\ufffd"), truncated=not ended))
+        return decoded
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -259,29 +196,6 @@ def encode_prompt(
     if not tokens:
         raise UserError(f"prompt {number}: has no tokens; remove it or give it a text")
     return tokens
-
-
-def decode_responses(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[int], responses: list[list[int]], end_ids: frozenset[int]
-) -> list[Response]:
-    """Texts that continue the prompt: decoded behind it, since many tokenizers drop a text's leading space."""
-    before = tokenizer.decode(prompt, skip_special_tokens=True)
-    decoded = []
-    for tokens in responses:
-        ended = tokens[-1] in end_ids
-        body = tokens[:-1] if ended else tokens
-        whole = tokenizer.decode(prompt + body, skip_special_tokens=True)
-        continues = whole.startswith(before)
-        text = whole[len(before) :] if continues else tokenizer.decode(body, skip_special_tokens=True)
-        # A text cut amid a character's bytes ends in replacement marks, which the model never said.
-        decoded.append(Response(text if ended else text.rstrip("\ufffd"), truncated=not ended))
-    return decoded
-
-
-def weights_and_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the model's weights and the tokenizer's vocabulary."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
-    return f"{model_fingerprint(model)}-{hashlib.sha256(vocabulary).hexdigest()[:8]}"
 
 
 def check_finite(logits: Tensor) -> None:
@@ -318,69 +232,6 @@ def pick_tokens(logits_BV: Tensor, uniform_B: Tensor, config: SamplingConfig) ->
     cdf_BV = probability_BV.cumsum(-1, dtype=torch.float64)
     target_B1 = uniform_B[:, None] * cdf_BV[:, -1:]
     return torch.searchsorted(cdf_BV, target_B1, right=True).squeeze(1).clamp_(max=cdf_BV.shape[-1] - 1)
-
-
-class _GrowingLayer(DynamicLayer):
-    """A cache layer written in place into room set aside once; concatenating per token costs more than the matmuls."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self._capacity = capacity
-        self._buffers: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
-        # The first update (the prompt's) is kept as it came: it is repeated for the responses, which drops the buffers.
-        if start == 0:
-            self.keys, self.values = key_states, value_states
-            return self.keys, self.values
-        if self._buffers is None or self.keys.data_ptr() != self._buffers[0].data_ptr():
-            self._buffers = (self._roomy(self.keys), self._roomy(self.values))
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:end] = states
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
-        return self.keys, self.values
-
-    def _roomy(self, states: Tensor) -> Tensor:
-        batch, heads, length, width = states.shape
-        roomy = states.new_empty(batch, heads, self._capacity, width)
-        roomy[:, :, :length] = states
-        return roomy
-
-
-def growing_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
-    """A cache with room for ``capacity`` tokens, where the model's layers allow it (full attention)."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [_GrowingLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    odd = next((layer for layer in cache.layers if not hasattr(layer, "batch_repeat_interleave")), None)
-    if odd is not None:
-        raise UserError(
-            f"engine transformers: cannot share a prompt among responses in a {type(odd).__name__} "
-            f"({model.config.model_type}); serve the model and use the engine openai"
-        )
-    return cache
-
-
-def _uniforms(seed: int, prompt_ids: Sequence[int], copies: int, steps: int) -> Tensor:
-    """Float64 [prompts * copies, steps], a stream a row."""
-    streams = [uniforms(seed, number, copy, steps) for number in prompt_ids for copy in range(copies)]
-    return torch.from_numpy(np.stack(streams))
-
-
-def _left_padded(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    input_ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return input_ids, mask
-
-
-def _until_end(tokens: list[int], end_ids: frozenset[int]) -> list[int]:
-    for place, token in enumerate(tokens):
-        if token in end_ids:
-            return tokens[: place + 1]
-    return tokens
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

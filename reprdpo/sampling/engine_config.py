@@ -7,8 +7,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reprdpo.errors import UserError
 from reprdpo.sampling.continuous import ContinuousBatchingEngine, check_supported
-from reprdpo.sampling.engine import Engine, TransformersEngine, max_positions
+from reprdpo.sampling.engine import Engine, max_positions
 from reprdpo.sampling.openai_engine import OpenAIEngine
+from reprdpo.sampling.transformers_engine import TransformersEngine
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from reprdpo.data import (
     tokenize_response,
 )
 from reprdpo.errors import UserError
+from reprdpo.models import evaluating
 from reprdpo.reward import HybridReward, pool_states
 from reprdpo.sampling.engine import Prompt
 
@@ -60,15 +61,11 @@ def score_responses(
     rewards = [float("nan")] * len(responses)
     collate = ResponseCollator(0)  # any token serves as padding: it is masked
     batches = length_grouped_batches([len(row["input_ids"]) for row in rows], batch_size)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in tqdm(batches, unit=" batches", desc="score", disable=not progress, delay=2):
             inputs = collate([rows[row] for row in batch])
             ids_BT, mask_BT = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask"))
             pooled_BLD = pool_states(model, ids_BT, mask_BT, pool=reward.metadata.pool)
             for row, value in zip(batch, reward(pooled_BLD).reward.tolist(), strict=True):
                 rewards[scored[row]] = value
-    finally:
-        model.train(was_training)
     return rewards

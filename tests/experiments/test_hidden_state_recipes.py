@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from reprdpo.data import TokenizeConfig
 from reprdpo.data.sandbox import load_sandbox
 from reprdpo.errors import UserError
-from reprdpo.experiments.experiment import run_experiment
 from reprdpo.experiments.recipes._movement import Draw, Moved, Scores, compare, drawn, score, sequence_logps
 from reprdpo.experiments.stages import Policy
 from reprdpo.files import read_json, read_jsonl
-from reprdpo.models import load_causal_lm, load_tokenizer
+from reprdpo.models import Quantization, load_causal_lm, load_tokenizer
 from reprdpo.reward import HybridReward
 from reprdpo.sampling import read_samples
 
@@ -33,12 +33,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def experiment(folder: Path, cache_dir: Path) -> Experiment:
+def experiment(folder: Path, tiny_experiment: Callable[..., Path]) -> Experiment:
     def run(name: str, output_dir: Path = folder, **arguments: Any) -> dict[str, Any]:
-        settings = SETTINGS | {"cache_dir": str(cache_dir)} | arguments.pop("settings", {})
-        quiet = {"say": lambda line: None}
-        where = run_experiment(name, scale="tiny", output_dir=output_dir, settings=settings, **(quiet | arguments))
-        return read_json(where / "result.json")
+        settings = SETTINGS | arguments.pop("settings", {})
+        return read_json(tiny_experiment(name, output_dir, settings=settings, **arguments) / "result.json")
 
     return run
 
@@ -174,7 +172,7 @@ def test_scores_are_the_runs_own(finished: Path) -> None:
     """The reference's rewards are those of the sampling; a sequence's log-probability is the model's."""
     where = finished / "systems" / "sft" / "seed-0" / "model"
     draws = [drawn(record) for record in read_samples(finished / "samples" / "responses.jsonl")]
-    policy = Policy(str(where), _tokenization())
+    policy = Policy(str(where), TokenizeConfig(max_length=128), "auto", False, Quantization())
     found = score(policy, {"fixed_reward": HybridReward.from_pretrained(finished / "reward")}, draws)
     kept = [
         response["reward"]
@@ -195,12 +193,6 @@ def test_scores_are_the_runs_own(finished: Path) -> None:
     assert found.logp[0][0] == pytest.approx(logps.sum().item(), rel=1e-4)
     row = {"input_ids": ids[0].tolist(), "response_start": start}
     assert sequence_logps(model, [row])[0] == pytest.approx(logps.sum().item(), rel=1e-4)
-
-
-def _tokenization() -> Any:
-    from reprdpo.data import TokenizeConfig
-
-    return TokenizeConfig(max_length=128)
 
 
 def _compared(log_ratio: float, order: list[int], fresh: list[str]) -> Moved:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import pytest
 
 from reprdpo.cli import main
 from reprdpo.errors import UserError
-from reprdpo.experiments import pipeline
-from reprdpo.experiments.experiment import describe, experiment_names, run_experiment
+from reprdpo.experiments.experiment import SECONDS_FILE, describe, experiment_names, run_experiment
 from reprdpo.experiments.recipes.figure7 import LLAMA_7B
-from reprdpo.files import read_json
+from reprdpo.files import read_json, write_json
 
 Experiment = Callable[..., dict[str, Any]]
+Interrupted = Callable[[str], AbstractContextManager[None]]
 
 
 @pytest.fixture(scope="session")
@@ -25,12 +26,9 @@ def experiments(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def experiment(experiments: Path, cache_dir: Path) -> Experiment:
+def experiment(experiments: Path, tiny_experiment: Callable[..., Path]) -> Experiment:
     def run(name: str, output_dir: Path = experiments, **arguments: Any) -> dict[str, Any]:
-        settings = {"cache_dir": str(cache_dir)} | arguments.pop("settings", {})
-        quiet = {"say": lambda line: None}
-        folder = run_experiment(name, scale="tiny", output_dir=output_dir, settings=settings, **(quiet | arguments))
-        return read_json(folder / "result.json")
+        return read_json(tiny_experiment(name, output_dir, **arguments) / "result.json")
 
     return run
 
@@ -190,24 +188,20 @@ def test_the_papers_scale_is_of_weights_that_the_user_names(tmp_path: Path) -> N
 
 
 def test_an_experiment_stopped_goes_on_and_ends_as_an_unbroken_one(
-    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    experiment: Experiment, tmp_path: Path, interrupted: Interrupted
 ) -> None:
-    train_to_end = pipeline.train_to_end
-
-    def stop(trainer: object, output: Path) -> None:
-        if output.parent.name == "reprdpo":
-            raise KeyboardInterrupt
-        train_to_end(trainer, output)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(pipeline, "train_to_end", stop)
-    with pytest.raises(KeyboardInterrupt):
+    folder = tmp_path / "tiny" / "figure5"
+    with interrupted("reprdpo"):
         experiment("figure5", tmp_path)
-    assert not (tmp_path / "tiny" / "figure5" / "result.json").exists()
-    monkeypatch.undo()
+    assert not (folder / "result.json").exists()
+    spent = read_json(folder / SECONDS_FILE)["seconds"]
+    assert spent > 0
+    write_json(folder / SECONDS_FILE, {"seconds": spent + 1000})
     whole, resumed = experiment("figure5"), experiment("figure5", tmp_path)
     assert [whole[key] for key in ("tables", "figures", "notes")] == [
         resumed[key] for key in ("tables", "figures", "notes")
     ]
+    assert resumed["seconds"] > spent + 1000 > whole["seconds"]
 
 
 def test_another_model_in_the_same_folder_is_refused(experiment: Experiment, real_dir: Path) -> None:

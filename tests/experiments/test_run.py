@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +15,14 @@ import pytest
 import torch
 
 from reprdpo.errors import UserError
-from reprdpo.experiments import RunConfig, pipeline, run
+from reprdpo.experiments import RunConfig, run
 from reprdpo.experiments.run_folder import RunFolder
 from reprdpo.files import read_json, read_jsonl
 from reprdpo.models import load_causal_lm, model_fingerprint
 from reprdpo.report import render, summary_table
 from reprdpo.reward import HybridReward
 
+Interrupted = Callable[[str], AbstractContextManager[None]]
 TRAINED = ("dpo", "dpo_ranked", "cdpo_fixed", "reprdpo", "online")
 
 
@@ -96,21 +99,12 @@ def test_a_run_goes_on_with_smaller_batches_of_generation(tiny_run: Path, tiny_c
 
 
 def test_a_run_stopped_in_the_middle_ends_as_an_unbroken_one(
-    tiny_run: Path, tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Path, tiny_config: RunConfig, tmp_path: Path, interrupted: Interrupted
 ) -> None:
     config = replace(tiny_config, output_dir=str(tmp_path / "run"))
-    train_to_end = pipeline.train_to_end
-
-    def stop(trainer: object, output: Path) -> None:
-        if output.parent.name == "reprdpo":
-            raise KeyboardInterrupt
-        train_to_end(trainer, output)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(pipeline, "train_to_end", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted("reprdpo"):
         run(config, say=lambda line: None)
     assert read_json(tmp_path / "run" / "run.json")["stages"]["train reprdpo seed 0"]["status"] == "stopped"
-    monkeypatch.undo()
     run(config, say=lambda line: None)
     one, other = (
         [row["toxic_mean"] for row in read_json(folder / "evaluation" / "summary.json")["systems"]]

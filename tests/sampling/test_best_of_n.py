@@ -5,8 +5,8 @@ import pytest
 from datasets import Dataset
 
 from reprdpo.errors import UserError
+from reprdpo.sampling import SamplingConfig, TransformersEngine
 from reprdpo.sampling.best_of_n import best_of_n, read_samples, sample_responses
-from reprdpo.sampling.engine import SamplingConfig, TransformersEngine
 
 ROWS = [
     {"prompt": text, "category": "S1" if number % 2 else None, "harmful": bool(number % 2)}

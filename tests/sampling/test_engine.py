@@ -7,7 +7,8 @@ from transformers import DynamicCache
 
 from reprdpo.errors import UserError
 from reprdpo.models import load_causal_lm, load_tokenizer
-from reprdpo.sampling.engine import SamplingConfig, TransformersEngine, pick_tokens
+from reprdpo.sampling import SamplingConfig, TransformersEngine
+from reprdpo.sampling.engine import pick_tokens
 
 PROMPTS = ["a", "hello there", "what is", "a longer prompt than the others", "zz", "hello there"]
 CONFIG = SamplingConfig(num_responses=3, max_new_tokens=12, batch_size=6)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from reprdpo.data import Message, length_grouped_batches
-from reprdpo.errors import UserError
+from reprdpo.errors import UserError, first_line
 from reprdpo.files import content_hash, looks_local
 from reprdpo.models import load_causal_lm, load_tokenizer
 
@@ -142,7 +142,7 @@ def judge_folder(where: str) -> Path:
         try:
             folder = Path(snapshot_download(where, allow_patterns=list(_HASHED)))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"judge {where!r}: is no folder here and could not be fetched ({reason})") from None
     if not folder.is_dir():
         raise UserError(f"judge {where!r}: no such folder; give the folder of the judge's model (with config.json)")
@@ -156,7 +156,7 @@ def judge_config(folder: Path, where: str, kind: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"judge {where!r}: no configuration: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"judge {where!r}: no configuration: {first_line(error)}") from None
     found = config.architectures or []
     if found and not any(name.endswith(kind) for name in found):
         raise UserError(f"judge {where!r}: is a {found[0]}; this judge needs a model whose name ends in {kind}")

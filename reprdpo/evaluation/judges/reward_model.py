@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from reprdpo.data import Message, length_grouped_batches
 from reprdpo.data import Text as Prompt
-from reprdpo.errors import UserError
+from reprdpo.errors import UserError, first_line
 from reprdpo.evaluation.judges.conversation import conversation, cut, without_special
 from reprdpo.evaluation.judges.judgement import Judgement, ModelJudge, asked
 from reprdpo.evaluation.judges.local_lm import accelerator, folder_fingerprint, judge_config, judge_folder, prompt_limit
@@ -61,7 +61,7 @@ class RewardModelJudge(ModelJudge):
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{where}: no tokenizer could be loaded: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"{where}: no tokenizer could be loaded: {first_line(error)}") from error
         self.form: Input = self._form(form)
         self.label = self._label(label)
         self.gives = frozenset({"score"} if unsafe_below is None else {"score", "unsafe"})
@@ -138,9 +138,7 @@ class RewardModelJudge(ModelJudge):
                 self.folder, dtype="auto", output_loading_info=True
             )
         except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"{self.where}: no reward model could be loaded: {str(error).strip().splitlines()[0]}"
-            ) from error
+            raise UserError(f"{self.where}: no reward model could be loaded: {first_line(error)}") from error
         if missing := sorted(info["missing_keys"]):
             raise UserError(
                 f"{self.where}: the weights lack {len(missing)} parameters (first: {missing[0]}), which would be "

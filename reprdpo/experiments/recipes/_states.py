@@ -11,8 +11,8 @@ from reprdpo.errors import UserError
 from reprdpo.experiments.config import SANDBOX, RunConfig
 from reprdpo.experiments.finished_run import FinishedRun
 from reprdpo.experiments.results import Interval, Ordering
-from reprdpo.experiments.sources import read_inputs
-from reprdpo.experiments.stages import Policy
+from reprdpo.experiments.sources import first, read_inputs
+from reprdpo.experiments.stages import Policy, safety_labels
 from reprdpo.experiments.systems import SYSTEMS
 from reprdpo.reward import extract_pair_states
 from reprdpo.statistics import ClusteredMean
@@ -61,22 +61,14 @@ def base_policy(config: RunConfig) -> Policy:
 
 def labelled_states(policy: Policy, data: PairSet, config: RunConfig, *, means: bool = False) -> Labelled:
     """The policy's states of both sides of every pair, pooled as ``config.fit`` says."""
-    rows = policy.tokenize(data.pairs, data.where)
-    if config.fit.limit is not None:
-        rows = rows.select(range(min(config.fit.limit, len(rows))))
+    rows = first(policy.tokenize(data.pairs, data.where), config.fit.limit)
     model, pad = policy.model(), policy.tokenizer().pad_token_id
     chosen, rejected = extract_pair_states(model, rows, pad_token_id=pad, pool=config.fit.pool)
     averaged = None
     if means:
         averaged = extract_pair_states(model, rows, pad_token_id=pad, pool="mean", response_only=True)
-    labels = {
-        f"{side}_is_safe": None
-        if all(label is None for label in rows[f"{side}_is_safe"])
-        else list(rows[f"{side}_is_safe"])
-        for side in ("chosen", "rejected")
-    }
     category = list(rows["category"]) if "category" in rows.column_names else None
-    return Labelled(chosen, rejected, list(rows["prompt_id"]), category=category, means=averaged, **labels)
+    return Labelled(chosen, rejected, list(rows["prompt_id"]), category=category, means=averaged, **safety_labels(rows))
 
 
 def policy_of(run: FinishedRun, system: str, seed: int = 0) -> Policy:
