@@ -37,6 +37,8 @@ from benchmarks.device import (
 # What benchmarks choose their shapes and device by; hide the GPU (CUDA_VISIBLE_DEVICES=) to measure the CPU beside it.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECONDS = 1.0
+# Calls longer than this have been warmed up by the check; their first two count as rounds.
+SLOW_SECONDS = 3.0
 MAX_COPIES = 64
 
 
@@ -199,10 +201,11 @@ def _timed(
     def call() -> None:
         run(*next(rotation))
 
-    once = seconds(call, device)
-    rounds = rounds_for(min(once, seconds(call, device)), SECONDS) if device == "cpu" else 3
+    warm_up = [seconds(call, device) for _ in range(2)]
+    counted = warm_up if device == "cpu" and min(warm_up) > SLOW_SECONDS else []
+    rounds = 1 if counted else rounds_for(min(warm_up), SECONDS) if device == "cpu" else 3
     benchmark.pedantic(lambda: seconds(call, device), rounds=rounds, warmup_rounds=0)
-    wall = list(benchmark.stats.stats.data) if benchmark.stats else [once]
+    wall = counted + list(benchmark.stats.stats.data) if benchmark.stats else warm_up
     common = {"peak_bytes": extra_bytes, "copies": copies}
     if device == "cpu":
         return common | _quantiles(wall)

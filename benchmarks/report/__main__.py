@@ -4,7 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.report.readme import updated
 from benchmarks.report.results import merge, stamp
 from benchmarks.report.tables import compare, group_tables, parts_tables
 
@@ -34,18 +33,24 @@ def _run(arguments: argparse.Namespace) -> None:
     elif result:
         tables = [*group_tables(result), *parts_tables(result)]
         print("\n\n".join([stamp(result), *(table.markdown() for table in tables)]))
+    if not (arguments.page or arguments.readme):
+        return
+    try:
+        from benchmarks.report.page import page
+        from benchmarks.report.readme import updated
+    except ImportError as error:
+        raise ValueError(f"page and README are drawn with matplotlib (pip install 'reprdpo[train]'): {error}") from None
     if arguments.page:
-        try:
-            from benchmarks.report.page import page
-        except ImportError as error:
-            raise ValueError(f"--page draws with matplotlib (pip install 'reprdpo[train]'): {error}") from None
         arguments.page.write_text(page(result, arguments.record), encoding="utf-8")
     if arguments.readme:
-        text = arguments.readme.read_text(encoding="utf-8")
         try:
-            arguments.readme.write_text(updated(text, arguments.record), encoding="utf-8")
+            text, figures = updated(arguments.readme.read_text(encoding="utf-8"), arguments.record)
         except ValueError as error:
             raise ValueError(f"{arguments.readme}: {error}") from None
+        for path, figure in figures.items():
+            (file := arguments.readme.parent / path).parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(figure, encoding="utf-8")
+        arguments.readme.write_text(text, encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:

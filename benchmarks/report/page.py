@@ -43,4 +43,4 @@ def _run(result: Result) -> list[str]:
 
 
 def _claims(result: Result) -> list[Table]:
-    return [table for table in (kernel_claims(result), cost_claims(result)) if table.rows]
+    return [table for table in (kernel_claims(result), *cost_claims(result)) if table.rows]

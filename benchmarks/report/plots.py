@@ -12,6 +12,7 @@ from cycler import cycler
 
 from benchmarks.report.record import Series
 from benchmarks.report.results import Row
+from benchmarks.report.tables import number
 
 # Okabe and Ito's colours, told apart with any colour vision, each with a marker of its own.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -24,6 +25,8 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "reprdpo",
 }
+# Where readers of the README look first.
+BESIDE_PEERS = ("bench_linear_preference.py", "bench_training_step.py")
 DIMENSIONS = ("T", "V", "L", "P", "B", "D", "n")
 
 
@@ -120,6 +123,36 @@ def _draw_shares(shown: list[Row], figure: Any) -> None:
     axes.set_yticks(range(len(shown)), labels, fontsize="x-small")
     axes.axvline(1, color="0.4", linewidth=1)
     axes.set(xlabel="share of the floor (1 is the floor; blue ours, orange peers)")
+
+
+def beside_peers(rows: list[Row]) -> str | None:
+    """Time and memory of every implementation of the headline groups in ``BESIDE_PEERS``; None where none was run."""
+    groups: dict[str, list[Row]] = {}
+    for row in _measured(rows):
+        if row["file"] in BESIDE_PEERS and row["headline"] and row["mode"] == "eager":
+            groups.setdefault(row["group"], []).append(row)
+    if not groups:
+        return None
+    heights = [len(each) + 2 for each in groups.values()]
+    return _svg(partial(_draw_beside, groups, heights), 9, 0.22 * sum(heights))
+
+
+def _draw_beside(groups: dict[str, list[Row]], heights: list[int], figure: Any) -> None:
+    grid = figure.subplots(len(groups), 2, sharey="row", squeeze=False, gridspec_kw={"height_ratios": heights})
+    quantities = (("median time, ms", "p50_s", 1e3), ("peak extra memory, MB", "peak_bytes", 1e-6))
+    for line, (group, rows) in zip(grid, groups.items(), strict=True):
+        shown = sorted(rows, key=lambda row: row["p50_s"], reverse=True)
+        labels = [row["implementation"] + (" (rounded)" if row["kind"] == "rounded" else "") for row in shown]
+        colours = [COLOURS[4] if row["peer"] else COLOURS[0] for row in shown]
+        for axes, (_, key, unit) in zip(line, quantities, strict=True):
+            bars = axes.barh(labels, [unit * row[key] for row in shown], color=colours)
+            axes.bar_label(bars, [f" {number(unit * row[key])}" for row in shown], fontsize="x-small")
+            axes.set(xmargin=0.12, xticks=[])
+            axes.tick_params(length=0, labelsize="x-small")
+            axes.grid(visible=False)
+        line[0].set_title(group, fontsize="small", loc="left")
+    for axes, (quantity, _, _) in zip(grid[-1], quantities, strict=True):
+        axes.set_xlabel(quantity, fontsize="small")
 
 
 def over_commits(series: Series) -> str:

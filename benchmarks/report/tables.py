@@ -146,29 +146,45 @@ def _kernel_claim(name: str, members: list[Row]) -> list[list[str]]:
     return lines
 
 
-def cost_claims(result: Result) -> Table:
-    """Each row of the headline "claim" groups against ours of its group, in measured time and counted FLOP."""
-    lines = []
+def cost_claims(result: Result) -> list[Table]:
+    """A table a headline "claim", a line a setting: what ours costs, and how often that every other way costs.
+
+    Groups are named "claim, setting". Time is compared where both were measured, FLOP are counted.
+    """
+    claims: dict[str, list[tuple[str, list[Row]]]] = {}
     for name, members in _headline(result, "claim"):
-        rows = [row for row in members if row["status"] in ("measured", "counted")]
-        ours = next((row for row in rows if not row["peer"]), None)
-        red = any(row["status"] == "red" for row in members)
-        for row in members:
-            if row not in rows or ours is None or red:
-                lines.append([name, row["implementation"], row["reason"], "", "", ""])
-                continue
-            timed = row["status"] == ours["status"] == "measured"
-            lines.append(
-                [
-                    name,
-                    row["implementation"],
-                    number(1e3 * row["p50_s"]) if row["status"] == "measured" else "counted only",
-                    number(row["p50_s"] / ours["p50_s"]) if timed else "",
-                    number(row["flop"] / 1e9),
-                    number(row["flop"] / ours["flop"]) if ours["flop"] else "",
-                ]
-            )
-    return Table(stamp(result), ["", "way", "ms", "times ours", "GFLOP", "times ours, counted"], lines)
+        claim, _, setting = name.partition(", ")
+        claims.setdefault(claim, []).append((setting, members))
+    return [_cost_claim(claim, settings) for claim, settings in claims.items()]
+
+
+def _cost_claim(claim: str, settings: list[tuple[str, list[Row]]]) -> Table:
+    ways = list(dict.fromkeys(row["implementation"] for _, members in settings for row in members if row["peer"]))
+    rows = []
+    for setting, members in settings:
+        by_way = {row["implementation"]: row for row in members}
+        ours = next((row for row in members if not row["peer"]), None)
+        if red := next((row for row in members if row["status"] == "red"), None):
+            rows.append([setting, f"red: {red['name']}: {red['reason']}", *[""] * len(ways)])
+        elif ours is None or ours["status"] not in ("measured", "counted"):
+            rows.append([setting, ours["reason"] if ours else "not run", *[""] * len(ways)])
+        else:
+            rows.append([setting, _cost(ours), *(_times(by_way.get(way), ours) for way in ways)])
+    return Table(f"{claim}: times ours in time / in FLOP", ["", "ours", *ways], rows)
+
+
+def _cost(row: Row) -> str:
+    flop = f"{number(row['flop'] / 1e9)} GFLOP"
+    return f"{number(1e3 * row['p50_s'])} ms / {flop}" if row["status"] == "measured" else flop
+
+
+def _times(row: Row | None, ours: Row) -> str:
+    if row is None or row["status"] not in ("measured", "counted"):
+        return row["reason"] if row else ""
+    counted = f"{number(row['flop'] / ours['flop'])}"
+    if row["status"] == ours["status"] == "measured":
+        return f"{number(row['p50_s'] / ours['p50_s'])} / {counted}"
+    return f"not measured / {counted}" if ours["status"] == "measured" else f"counted {counted}"
 
 
 def _headline(result: Result, kind: str) -> list[tuple[str, list[Row]]]:

@@ -11,6 +11,7 @@ constexpr int kPanelVecs = 2;
 constexpr int kPanelTokens = kPanelVecs * Vec::kWidth;
 // Rows of a residual, or of the weight, that are asked for ahead of their use.
 constexpr int64_t kAhead = 8;
+constexpr int64_t kPanelAhead = 48;
 constexpr int kBins = 32;
 
 // The largest level under which there is no more than the mass.
@@ -94,7 +95,7 @@ void keep_panel(const T* residual, int64_t stride, int64_t vocabulary, int64_t t
       for (Vec& sum : level) sum = Vec::zero();
     }
     for (int64_t j = begin; j < end; ++j) {
-      __builtin_prefetch(residual + smaller(j + kAhead, vocabulary - 1) * stride);
+      __builtin_prefetch(residual + smaller(j + kPanelAhead, vocabulary - 1) * stride);
       for (int v = 0; v < kPanelVecs; ++v) {
         const Vec size = load(j, v).magnitude();
         for (int k = 0; k < kMassLevels; ++k) {
@@ -117,7 +118,7 @@ void keep_panel(const T* residual, int64_t stride, int64_t vocabulary, int64_t t
     least[c] = c < tokens ? levels.level[level[c]] : kInfinity;
   }
   for (int64_t j = 0; j < vocabulary; ++j) {
-    __builtin_prefetch(residual + smaller(j + kAhead, vocabulary - 1) * stride);
+    __builtin_prefetch(residual + smaller(j + kPanelAhead, vocabulary - 1) * stride);
     for (int v = 0; v < kPanelVecs; ++v) {
       uint32_t bits = Vec::not_less(load(j, v).magnitude(), Vec::load(least + v * Vec::kWidth));
       for (; bits != 0; bits &= bits - 1) {

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import harness
 from benchmarks.device import copy_bandwidth, free_bytes, gemm_seconds, peak_bytes, rounds_for
 from benchmarks.harness import Work, gradients, import_peer, measure, relative_error, rms_error
 
@@ -191,6 +192,14 @@ def test_floors() -> None:
 
 def test_rounds_fill_the_budget() -> None:
     assert [rounds_for(once, 1.0) for once in (0.0, 0.01, 0.5, 10.0)] == [1000, 100, 5, 3]
+
+
+@pytest.mark.parametrize(("each", "rounds"), [(2.9, 3), (3.1, 1)])
+def test_of_a_slow_call_the_first_two_are_rounds(monkeypatch: pytest.MonkeyPatch, each: float, rounds: int) -> None:
+    monkeypatch.setattr(harness, "seconds", lambda call, device: each)
+    timer = measured(double)
+    assert timer.rounds == rounds
+    assert (timer.extra_info["p50_s"] == each) == (rounds == 1)
 
 
 def fail_to_capture(*arguments: Any) -> list[float]:

@@ -255,15 +255,35 @@ def test_a_red_row_of_ours_claims_nothing_for_its_group(tmp_path: Path, write: W
     assert "9 (eager)" not in text
 
 
+def claim(name: str, setting: str, **columns: Any) -> dict[str, Any]:
+    status = columns.pop("status", "measured")
+    made = row if status == "measured" else lambda **columns: unmeasured(status, "no room", **columns)
+    return made(name=f"test_op[{name}]", group=f"cost of 1 pair, {setting}", headline="claim", **columns)
+
+
 def test_the_cost_claim_has_both_ratios(tmp_path: Path, write: Write) -> None:
     rows = [
-        row(group="cost, T=512", headline="claim", seconds=1e-6, flop=1e6),
-        row("test_op[online]", 2.0, group="cost, T=512", headline="claim", flop=3e13),
-        unmeasured("counted", "not run", name="test_op[70B]", group="cost, T=512", headline="claim", flop=4e14),
+        claim("native", "T=512", seconds=1e-6, flop=1e6),
+        claim("online", "T=512", seconds=2.0, flop=3e13),
+        claim("model", "T=512", status="counted", flop=4e14),
+        claim("native", "70B", status="counted", flop=1e6),
+        claim("online", "70B", status="counted", flop=5e13),
+        claim("native", "7B", flop=1e6),
+        claim("online", "7B", status="skipped"),
     ]
     _, text = readme(tmp_path, write, result(*rows))
-    assert "| cost, T=512 | online | 2000 | 2e+06 | 30000 | 3e+07 |" in text
-    assert "| cost, T=512 | 70B | counted only |  | 400000 | 4e+08 |" in text
+    assert "**cost of 1 pair: times ours in time / in FLOP**" in text
+    assert "|  | ours | online | model |" in text
+    assert "| T=512 | 0.001 ms / 0.001 GFLOP | 2e+06 / 3e+07 | not measured / 4e+08 |" in text
+    assert "| 70B | 0.001 GFLOP | counted 5e+07 |  |" in text
+    assert "| 7B | 2 ms / 0.001 GFLOP | no room |  |" in text
+
+
+@pytest.mark.parametrize("broken", ["native", "online"])
+def test_a_red_row_claims_no_cost(tmp_path: Path, write: Write, broken: str) -> None:
+    rows = [claim(name, "T=512", status="red" if name == broken else "measured") for name in ("native", "online")]
+    _, text = readme(tmp_path, write, result(*rows))
+    assert f"| T=512 | red: test_op[{broken}]: no room |  |" in text
 
 
 def test_a_file_is_quoted_from_its_newest_run(tmp_path: Path, write: Write) -> None:
@@ -304,6 +324,32 @@ def test_this_readme_is_what_the_committed_results_give(tmp_path: Path) -> None:
     copied.write_text(text, encoding="utf-8")
     assert main(["--readme", str(copied)]) == 0
     assert copied.read_text(encoding="utf-8") == text, "run `python -m benchmarks.report --readme`"
+    figures = re.findall(r"\((docs/benchmarks/.*?\.svg)\)", text)
+    assert figures
+    for figure in figures:  # what they say; where matplotlib puts it differs by its version
+        said, made = (re.findall(r"<text.*?>(.*?)</text>", (at / figure).read_text()) for at in (ROOT, tmp_path))
+        assert said == made
+
+
+def test_the_readmes_figure_has_every_implementation_of_the_headline_groups(tmp_path: Path, write: Write) -> None:
+    rows = [
+        row("test_both[native]", 0.5, file="bench_linear_preference.py", group="loss"),
+        row("test_both[eager]", 0.9, file="bench_linear_preference.py", group="loss", kind="rounded", peak_bytes=7e6),
+        row("test_both[native-T]", file="bench_linear_preference.py", group="memory", headline=None),
+        row(),
+    ]
+    _, text = readme(tmp_path, write, result(*rows))
+    assert "](docs/benchmarks/epyc.svg)" in text
+    figure = (tmp_path / "docs" / "benchmarks" / "epyc.svg").read_text()
+    said = [each.strip() for each in re.findall(r"<text.*?>(.*?)</text>", figure)]
+    expected = ["loss", "native", "eager (rounded)", "500", "900", "3", "7", "median time, ms", "peak extra memory, MB"]
+    assert sorted(said) == sorted(expected)
+
+
+def test_a_readme_without_rows_to_draw_has_no_figure(tmp_path: Path, write: Write) -> None:
+    _, text = readme(tmp_path, write, result())
+    assert "![" not in text
+    assert not (tmp_path / "docs").exists()
 
 
 def test_the_page_holds_its_plots_and_the_record(tmp_path: Path, write: Write) -> None:
