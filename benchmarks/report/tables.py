@@ -82,17 +82,22 @@ def _cells(row: Row, width: int) -> list[str]:
 def compare(new: Result, old: Result) -> Table:
     """The speed-up of each row that both results measured; none where a check is red or rounding has changed.
 
+    Of the benchmark files that both ran, a row that only one has is told too.
+
     Raises:
         ValueError: the results are of different devices or settings, or share no row.
     """
     check_same_device(new, old, "the results")
-    before = {key_of(row): row for row in old["rows"]}
-    shared = [row for row in new["rows"] if key_of(row) in before]
-    if not shared:
+    before, after = ({key_of(row): row for row in result["rows"]} for result in (old, new))
+    if not before.keys() & after.keys():
         raise ValueError("the results share no row")
+    files = {row["file"] for row in old["rows"]} & {row["file"] for row in new["rows"]}
     rows = []
-    for row in shared:
-        was = before[key_of(row)]
+    for key, known in (after | before).items():
+        if known["file"] not in files:
+            continue
+        absent = known | {"status": "absent", "reason": ""}
+        was, row = before.get(key, absent), after.get(key, absent)
         times = [number(1e3 * each["p50_s"]) if each["status"] == "measured" else each["status"] for each in (was, row)]
         rows.append([f"{row['name']} ({row['group']})", *times, _speed_up(was, row)])
     return Table(f"{stamp(old)}, then {stamp(new)}", ["", "before, ms", "after, ms", "times as fast"], rows)

@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.library import CustomOpDef
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """``TypeError`` unless ``value`` is a plain tensor; a DTensor is refused, naming the cure."""
+    """``TypeError`` unless ``value`` is a plain tensor; DTensors and forward-mode tangents are refused."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
     if hasattr(value, "full_tensor"):  # importing DTensor to ask isinstance would cost half a second
@@ -20,6 +22,8 @@ def check_tensor(name: str, value: Any) -> None:
             f"{name} is a DTensor; gather it first ({name}.full_tensor(), or call the op inside the forward of the "
             "module that owns it, where FSDP has gathered it)"
         )
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise TypeError(f"{name} has a forward-mode tangent, which would be dropped: take gradients by backward")
 
 
 def check_float_dtype(name: str, tensor: Tensor) -> None:
@@ -88,6 +92,15 @@ def check_no_grad(name: str, tensor: Tensor) -> None:
     """``ValueError`` where a constant of the op asks for a gradient."""
     if tensor.requires_grad:
         raise ValueError(f"{name} is a constant of this op and gets no gradient; pass {name}.detach()")
+
+
+def refuse_second_derivative(op: str, backward: CustomOpDef) -> None:
+    """Let a gradient of what an op's ``backward`` returned raise, naming the op."""
+
+    def refuse(*_: Any) -> NoReturn:
+        raise NotImplementedError(f"{op} has no second derivative")
+
+    backward.register_autograd(refuse)
 
 
 def _check_same(what: str, error: type[Exception], tensors: dict[str, Tensor | None], read: Any) -> None:

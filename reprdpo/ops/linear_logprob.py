@@ -102,7 +102,7 @@ def linear_logprob(
     if scored_index is None:
         scored_index = find_scored(flat_labels_N, ignore_index)
     logp_N, entropy_N, top1_N, mean_logit_N, *_ = _linear_logprob(
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden.reshape(labels.numel(), hidden.shape[-1]),
         weight,
         bias,
         flat_labels_N,
@@ -189,7 +189,7 @@ def as_autocast_would(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     kind = hidden.device.type
     if torch.float64 in (hidden.dtype, weight.dtype):
         dtype = torch.float64
-    elif torch.is_autocast_enabled(kind):
+    elif kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     elif hidden.dtype == weight.dtype or weight.dtype == torch.float32:
         dtype = hidden.dtype
@@ -366,3 +366,4 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_save)
+checks.refuse_second_derivative("linear_logprob", _linear_logprob_backward)

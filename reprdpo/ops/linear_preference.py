@@ -132,7 +132,7 @@ def linear_preference_loss(
     if scored_index is None:
         scored_index = find_scored(labels_N, ignore_index)
     loss, logp_S, reward_S, _, stats_3S, *_ = _linear_preference_loss(
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden.reshape(labels.numel(), hidden.shape[-1]),
         weight,
         bias,
         labels_N,
@@ -174,7 +174,7 @@ def _sequences(
     elif sequence_ids is None or num_sequences is None:
         raise ValueError("packed hidden [N, D] needs sequence_ids and num_sequences")
     checks.check_integer_dtype("sequence_ids", sequence_ids)
-    checks.check_shape("sequence_ids", sequence_ids, hidden.reshape(-1, hidden.shape[-1]).shape[:1], meaning="[N]")
+    checks.check_shape("sequence_ids", sequence_ids, (labels.numel(),), meaning="[N]")
     checks.check_same_device(hidden=hidden, sequence_ids=sequence_ids)
     check_integer("num_sequences", num_sequences, minimum=0)
     if num_sequences % 2:
@@ -480,11 +480,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if grad_loss is None:
-        return (None,) * 24
-    if grad_loss.requires_grad:
-        raise NotImplementedError("linear_preference_loss has no second derivative")
+        return (None,) * 25
     needs = ctx.needs_input_grad[:3]
-    grads = [ctx.finished.pop(position, None) if needed else None for position, needed in enumerate(needs)]
+    # Under create_graph what was finished would be a constant: made again, it refuses a second derivative.
+    finished = {} if torch.is_grad_enabled() else ctx.finished
+    grads = [finished.pop(position, None) if needed else None for position, needed in enumerate(needs)]
     missing = [needed and grad is None for needed, grad in zip(needs, grads, strict=True)]
     for position, grad in enumerate(grads):
         if grad is not None:
@@ -514,3 +514,4 @@ def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype | None) -> Tensor
 
 
 _linear_preference_loss.register_autograd(_backward, setup_context=_save)
+checks.refuse_second_derivative("linear_preference_loss", _linear_preference_loss_backward)

@@ -173,7 +173,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad_logp: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     logits, labels, row_stats = ctx.saved_tensors
-    if ctx.inplace:
+    if ctx.inplace and not torch.is_grad_enabled():  # what is written in place refuses no second derivative
         logits = logits.detach()
         _logprob_backward_inplace(grad_logp, logits, labels, row_stats, *ctx.constants)
         grad = logits
@@ -183,3 +183,4 @@ def _backward(ctx: Any, grad_logp: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 
 
 _logprob.register_autograd(_backward, setup_context=_save)
+checks.refuse_second_derivative("logprob", _logprob_backward)

@@ -230,3 +230,4 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
 
 
 _preference_loss.register_autograd(_backward, setup_context=_save)
+checks.refuse_second_derivative("preference_loss", _preference_loss_backward)

@@ -103,3 +103,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _sequence_sum.register_autograd(_backward, setup_context=_save)
+checks.refuse_second_derivative("sequence_sum", _sequence_sum_backward)

@@ -164,6 +164,17 @@ def test_two_commits(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| test_op[native] (op) | 3 | 1 | 3.00 |" in shown
 
 
+def test_a_row_that_only_one_commit_has_is_told(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = unmeasured("red", "no module", name="bench_op.py", group="bench_op.py")
+    aside = row("test_aside[native]", file="bench_aside.py")
+    new = write("new.json", result(row(), broken, commit="fedcba98765"))
+    assert main([new, "--against", write("old.json", result(row(), row("test_gone[native]"), aside))]) == 0
+    shown = capsys.readouterr().out
+    assert "| test_gone[native] (op) | 2 | absent | none: not measured in both |" in shown
+    assert "| bench_op.py (bench_op.py) | absent | red | none: the check is red (no module) |" in shown
+    assert "aside" not in shown
+
+
 @pytest.mark.parametrize(
     ("row_now", "message"),
     [

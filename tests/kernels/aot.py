@@ -22,12 +22,13 @@ MAX_SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 class Resources(NamedTuple):
-    """A kernel's registers a thread, bytes of stack a thread (where spills go) and of shared memory, loads."""
+    """A kernel's registers a thread, bytes of stack a thread (where spills go) and of shared memory; loads, rows."""
 
     registers: int
     spills: int
     shared: int
     narrow_loads: int  # of 2 bytes a thread: a row of bf16 whose alignment the compiler has lost
+    narrow_rows: int  # products with a stride in 32 bits: addresses that end at 2^31 elements
 
 
 def compile(
@@ -126,7 +127,18 @@ def _compile(
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = _usage(compiled.asm["cubin"])
     narrow_loads = len(re.findall(r"ld\.global\S*\.b16", compiled.asm["ptx"]))
-    return Resources(registers, stack, compiled.metadata.shared, narrow_loads)
+    narrow_rows = _narrow_rows(compiled.asm["ttir"], [name for name in types if name not in constexprs])
+    return Resources(registers, stack, compiled.metadata.shared, narrow_loads, narrow_rows)
+
+
+def _narrow_rows(ttir: str, arguments: list[str]) -> int:
+    """32-bit products of a stride among the kernel's ``arguments`` with a number that is not a constant."""
+    header = ttir[ttir.index("tt.func public") :].split("attributes", 1)[0]
+    values = dict(zip(arguments, re.findall(r"(%\w+): ", header), strict=True))
+    strides = {value for name, value in values.items() if name.endswith("stride")}
+    constants = set(re.findall(r"(%\w+) = arith\.constant -?\d+ : i32", ttir))
+    products = [set(pair) for pair in re.findall(r"arith\.muli (%\w+), (%\w+) : i32", ttir)]
+    return sum(bool(pair & strides) and not pair & constants for pair in products)
 
 
 def _dtype(value: Any) -> Any:

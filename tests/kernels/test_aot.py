@@ -29,6 +29,19 @@ def test_small_kernel_fits_and_a_huge_one_spills(capability):
     assert huge.spills > 0
 
 
+@triton.jit
+def _rows_kernel(x_ptr, x_stride, WIDE: tl.constexpr):
+    row = tl.program_id(0)
+    tl.store(x_ptr + (row.to(tl.int64) if WIDE else row) * x_stride, 1.0)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_addresses_of_32_bits_are_told(wide):
+    assert aot.compile(_rows_kernel, {"x_ptr": "*fp32", "x_stride": "i32"}, {"WIDE": wide}, 90).narrow_rows == (
+        not wide
+    )
+
+
 def test_error_of_the_compiler_is_passed_on():
     with pytest.raises(RuntimeError, match="count"):
         aot.compile(_centre_kernel, {**SIGNATURE, "count": "*fp32"}, {"BLOCK": 1024}, 90)

@@ -30,6 +30,14 @@ def test_row_scales(rows, tokens, with_index):
     torch.testing.assert_close(scale.double(), wanted.masked_fill(labels[index] == -100, 0), rtol=1e-6, atol=0)
 
 
+def test_tokens_of_no_sequence_have_scale_0_and_read_nothing_wild():
+    upstream = torch.tensor([torch.nan, 2.0, 3.0, torch.nan])[1:3]
+    ids = torch.tensor([1, -1, 0, 2, 1, -(2**40)])
+    labels = torch.tensor([0, 0, 0, 0, -100, 0])
+    scale = row_scales(upstream, None, labels, torch.ones(3, 6), 0.5, sequence_ids_N=ids)
+    assert scale.tolist() == [1.5, 0.0, 1.0, 0.0, 0.0, 0.0]
+
+
 def test_nan_of_the_statistics_and_an_index_out_of_range_stay_in_their_rows():
     row_stats = torch.ones(3, 4)
     row_stats[2, 1] = torch.nan

@@ -39,6 +39,7 @@ def assert_fits(kernel, constexprs, capability, num_warps, **types):
             types.pop(pointer, None)
     cost = aot.compile(kernel, signature(kernel, constexprs, **types), constexprs, capability, num_warps=num_warps)
     assert cost.spills == 0, (constexprs, types, cost)
+    assert cost.narrow_rows == 0
     # A program's registers are handed out by 8 a thread.
     assert -(-cost.registers // 8) * 8 * 32 * num_warps <= 65536
     assert cost.shared <= min(aot.MAX_SHARED.values())

@@ -149,6 +149,25 @@ def test_packed_equals_padded_in_any_order():
     assert_same_gradients(packed.loss, whole.loss, hidden, weight)
 
 
+@pytest.mark.parametrize("rows", [None, 4])
+def test_tokens_of_no_sequence_have_no_part(backend, rows):
+    hidden, weight, _ = padded([3, 3], dtype=torch.float32)
+    hidden, labels = hidden.detach().reshape(-1, 5).requires_grad_(), torch.randint(0, 7, (14,))
+    ids = torch.tensor([0, -1, 1, 2, 0, 1, 3, 0, 1, 1, 0, -9, 7, 0])
+    inside = ((ids >= 0) & (ids < 2)).nonzero()[:, 0]
+    options = {"beta": 0.2, "num_sequences": 2, **references(1, torch.float32)}
+    wanted = linear_preference_loss(hidden[inside], weight, labels[inside], sequence_ids=ids[inside], **options)
+    budget = None if rows is None else rows * 2 * 7 * 4 + 2 * 32 * 7 * 4
+    ours = linear_preference_loss(hidden, weight, labels, sequence_ids=ids, max_tile_bytes=budget, **options)
+    torch.testing.assert_close(ours.loss, wanted.loss)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours.loss, (hidden, weight)),
+        torch.autograd.grad(wanted.loss, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_shift():
     hidden, weight, tokens = padded([4, 6, 5, 3])
     refs = references(2)

@@ -228,6 +228,14 @@ def test_no_pairs_and_half_precision():
     assert torch.autograd.grad(loss, half)[0].dtype == torch.bfloat16
 
 
+def test_a_second_derivative_is_refused():
+    chosen, rejected, arguments = batch("sigmoid")
+    loss = preference_loss(chosen, rejected, **arguments).loss.sum()
+    (grad,) = torch.autograd.grad(loss, chosen, create_graph=True)
+    with pytest.raises(NotImplementedError, match="preference_loss has no second derivative"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("kinds", [["sigmoid"], ["orpo"], ["robust", "sft"]])
 def test_opcheck_and_compile(kinds):
     chosen, rejected, arguments = batch(kinds[0])

@@ -272,6 +272,31 @@ def test_weight_gradient_is_the_product(shape, dtype):
     assert torch.equal(rounded, (out / 2).to(dtype)) or error(rounded, exact) <= 2e-2 * exact.abs().max()
 
 
+def test_gradients_lie_past_two_to_the_31_elements():
+    """Residual, weight and its gradient in several blocks of rows far apart: memory is reserved, hardly any touched."""
+    stride, rows, width, vocabulary = 2**24, 9, 17, 200
+    try:
+        storage = torch.empty((vocabulary - 1) * stride + 100)
+    except RuntimeError:
+        pytest.skip("this machine does not reserve 13 GB")
+    hidden, scale, weight = torch.randn(rows, width), torch.randn(rows), torch.randn(vocabulary, width)
+    residual = torch.randn(vocabulary, rows).t()
+    far_grad = storage.as_strided((vocabulary, width), (stride, 1))
+    far_weight = storage.as_strided((vocabulary, width), (stride, 1), 30).copy_(weight)
+    far_residual = storage.as_strided((vocabulary, rows), (stride, 1), 60).copy_(residual.t()).t()
+    weight_grad, hidden_grad, far_hidden_grad = (
+        torch.empty_like(weight),
+        torch.empty_like(hidden),
+        torch.empty_like(hidden),
+    )
+    torch.ops.reprdpo_native.residual_weight_grad(residual, hidden, scale, weight_grad, False)
+    torch.ops.reprdpo_native.residual_weight_grad(far_residual, hidden, scale, far_grad, False)
+    torch.ops.reprdpo_native.residual_hidden_grad(residual, weight, scale, hidden_grad)
+    torch.ops.reprdpo_native.residual_hidden_grad(far_residual, far_weight, scale, far_hidden_grad)
+    assert torch.equal(far_grad, weight_grad)
+    assert torch.equal(far_hidden_grad, hidden_grad)
+
+
 # Words in one part, in two, and in more than a slice of them, an odd number.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 33, 7), (97, 130, 1023), (13, 70, 4611)], ids=str)
