@@ -127,14 +127,20 @@ def _compile(
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = _usage(compiled.asm["cubin"])
     narrow_loads = len(re.findall(r"ld\.global\S*\.b16", compiled.asm["ptx"]))
-    narrow_rows = _narrow_rows(compiled.asm["ttir"], [name for name in types if name not in constexprs])
+    arguments = [
+        name
+        for name, each in types.items()
+        if name not in constexprs
+        for _ in (each if isinstance(each, tuple) else (each,))
+    ]
+    narrow_rows = _narrow_rows(compiled.asm["ttir"], arguments)
     return Resources(registers, stack, compiled.metadata.shared, narrow_loads, narrow_rows)
 
 
 def _narrow_rows(ttir: str, arguments: list[str]) -> int:
     """32-bit products of a stride among the kernel's ``arguments`` with a number that is not a constant."""
     header = ttir[ttir.index("tt.func public") :].split("attributes", 1)[0]
-    values = dict(zip(arguments, re.findall(r"(%\w+): ", header), strict=True))
+    values = dict(zip(arguments, re.findall(r"(%[\w.]+): ", header), strict=True))
     strides = {value for name, value in values.items() if name.endswith("stride")}
     constants = set(re.findall(r"(%\w+) = arith\.constant -?\d+ : i32", ttir))
     products = [set(pair) for pair in re.findall(r"arith\.muli (%\w+), (%\w+) : i32", ttir)]
