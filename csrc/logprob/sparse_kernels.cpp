@@ -12,7 +12,7 @@ constexpr int kPanelTokens = kPanelVecs * Vec::kWidth;
 // Rows of a residual, or of the weight, that are asked for ahead of their use.
 constexpr int64_t kAhead = 8;
 constexpr int64_t kPanelAhead = 48;
-constexpr int kBins = 32;
+constexpr int kBins = 128;
 
 // The largest level under which there is no more than the mass.
 int level_of(const MassLevels& levels, const double* below) {

@@ -1,8 +1,8 @@
 // A residual's product with the weight from the elements that hold all but `mass` of its row's sum of
 // magnitudes.
 //
-// With levels t_0 < ... < t_8, t_k = mass V^(k / 8 - 1), the largest one is taken under which the magnitudes
-// sum to no more than the mass (t_0 always is), and then the largest of 32 steps up to the next. What is
+// With levels t_0 < ... < t_4, t_k = mass V^(k / 4 - 1), the largest one is taken under which the magnitudes
+// sum to no more than the mass (t_0 always is), and then the largest of 128 steps up to the next. What is
 // dropped never exceeds the mass; what is kept may be a few more than the fewest. A row with more than its
 // list has room for is left to the dense product.
 #pragma once
@@ -13,7 +13,7 @@
 
 namespace reprdpo::logprob {
 
-constexpr int kMassLevels = 9;
+constexpr int kMassLevels = 5;
 
 struct MassLevels {
   double mass;

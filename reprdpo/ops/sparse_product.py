@@ -38,7 +38,7 @@ def sparse_hidden_product(
     """``G W`` [n, D] without columns of each row whose ``|G_ij|`` sum to at most ``mass_eps``; may consume G.
 
     The reference drops the most, all that are under :func:`reference.mass_threshold`; the native product drops at
-    least what 32 steps between powers of ``V^(1/8)`` tell apart, and nothing of a row that keeps over V / 8. Triton's
+    least what 128 steps between powers of ``V^(1/4)`` tell apart, and nothing of a row that keeps over V / 8. Triton's
     drops what all of 128 rows can do without.
     """
     if kind != "reference" and weight_VD.stride(1) != 1:  # a float32 weight may lie otherwise
