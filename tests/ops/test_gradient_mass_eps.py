@@ -153,7 +153,7 @@ def test_flat_rows_are_multiplied_whole(dtype, flat):
     hidden.requires_grad_()
     _, exact = hidden_gradient("native", hidden, weight, labels)
     _, sparse = hidden_gradient("native", hidden, weight, labels, gradient_mass_eps=0.3)
-    rounding = 2 * torch.finfo(dtype).eps
+    rounding = 4 * torch.finfo(dtype).eps  # other rows beside it, another order of the vendor's sums
     same = (sparse - exact).norm(dim=1) <= rounding * exact.norm(dim=1)
     assert same[:flat].all()
     assert not same[flat:].all() or flat == 40
