@@ -153,7 +153,8 @@ def test_flat_rows_are_multiplied_whole(dtype, flat):
     hidden.requires_grad_()
     _, exact = hidden_gradient("native", hidden, weight, labels)
     _, sparse = hidden_gradient("native", hidden, weight, labels, gradient_mass_eps=0.3)
-    rounding = 4 * torch.finfo(dtype).eps  # other rows beside it, another order of the vendor's sums
+    # Other rows beside it, another order of its float32 sums; what is left out is a thousand times as much.
+    rounding = (32 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
     same = (sparse - exact).norm(dim=1) <= rounding * exact.norm(dim=1)
     assert same[:flat].all()
     assert not same[flat:].all() or flat == 40
