@@ -114,7 +114,7 @@ def test_head_frozen_mass_eps(
 
     def sharp_inputs(seed: int) -> list[Any]:
         hidden, weight_VD, labels_ST, scored_n = make_inputs(shape, torch.float32, peaked=False, frozen=True, seed=seed)
-        generator = torch.Generator(DEVICE).manual_seed(seed)
+        generator = torch.Generator(DEVICE).manual_seed(~seed)  # not the numbers that make_inputs drew
         common_D = torch.randn(shape.hidden, generator=generator, device=DEVICE)
         hidden = SHARPNESS[entropy] * ((1 - shared) ** 0.5 * hidden.detach() + shared**0.5 * common_D)
         p_nV = (hidden.flatten(0, 1)[scored_n] @ weight_VD.T).softmax(1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.device import device_name, free_bytes, peak_bytes, rounds_for, seconds
+from benchmarks.device import PeakMemory, device_name, free_bytes, rounds_for, seconds
 from benchmarks.harness import DEVICE, Work, count, measure
 from reprdpo import costs, ops
 from reprdpo.reward import HiddenStateTap, HybridReward, RewardUpdater
@@ -328,11 +328,12 @@ def time_parts(benchmark: BenchmarkFixture, parts: Iterable[Part], **columns: An
     took: dict[str, float] = {}
     peak = 0
     for name, call, often in parts:
-        result = call()
+        with PeakMemory(DEVICE) as memory:
+            result = call()
         assert isinstance(result, Tensor)
         if not bool(result.isfinite().all()):
             pytest.fail(f"{name}: not finite; not timed")
-        peak = max(peak, peak_bytes(call, DEVICE))
+        peak = max(peak, memory.bytes)
         once = seconds(call, DEVICE)
         rounds = rounds_for(once, BUDGET_SECONDS) if once < BUDGET_SECONDS else 0
         took[name] = often * statistics.median([once, *(seconds(call, DEVICE) for _ in range(min(rounds, 20)))])

@@ -177,8 +177,11 @@ def progress_bars(size: int | None) -> Iterator[None]:
 
 def decoder(model: nn.Module) -> nn.Module:
     """The model without its head: the module whose output has ``last_hidden_state``."""
-    found = unwrap(model).get_decoder()
-    if found is None or found is unwrap(model):
+    whole = unwrap(model)
+    found = whole.get_decoder()
+    if found is None or found is whole:  # Llama 4's text model does not find its own
+        found = next((child for child in whole.children() if isinstance(child, PreTrainedModel)), None)
+    if found is None:
         raise UserError(f"{type(model).__name__}: no decoder under the head (get_decoder() gives none)")
     return found
 

@@ -36,6 +36,10 @@ CAUSAL_LMS: dict[str, tuple[str, dict[str, Any]]] = {
         "RecurrentGemmaConfig",
         GROUPED | {"logits_soft_cap": 0.05, "lru_width": 16, "attention_window_size": 8},
     ),
+    "llama4_without_get_decoder": (
+        "Llama4TextConfig",
+        GROUPED | {"head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 2},
+    ),
     "cohere": ("CohereConfig", GROUPED | {"logit_scale": 0.25}),
     "cohere2": ("Cohere2Config", GROUPED | {"logit_scale": 0.25}),
     "granite": ("GraniteConfig", GROUPED | {"logits_scaling": 8.0}),

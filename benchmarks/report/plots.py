@@ -38,6 +38,12 @@ def along_dimensions(rows: list[Row]) -> dict[str, str]:
     return plots
 
 
+def memory_along(rows: list[Row]) -> dict[str, str]:
+    """Dimension to the plot along it of the rows that are there to show what memory grows with."""
+    plots = along_dimensions([row for row in rows if row["name"].startswith("test_memory[")])
+    return {title.rsplit(" ", 1)[1]: svg for title, svg in plots.items()}
+
+
 def _families(rows: list[Row]) -> dict[str, tuple[str, dict[str, list[Row]]]]:
     """Title to dimension and the rows of each implementation; at least one of them has two points or more."""
     found: dict[tuple[str, ...], dict[str, list[Row]]] = {}
@@ -63,7 +69,7 @@ def _families(rows: list[Row]) -> dict[str, tuple[str, dict[str, list[Row]]]]:
 
 def _draw_lines(dimension: str, lines: dict[str, list[Row]], figure: Any) -> None:
     time, memory = figure.subplots(1, 2)
-    for name, rows in sorted(lines.items()):
+    for name, rows in sorted(lines.items(), key=lambda line: (line[1][0]["peer"], line[0])):
         label = f"{name} (rounded)" if any(row["kind"] == "rounded" for row in rows) else name
         sizes = [row["shape"][dimension] for row in rows]
         time.plot(sizes, [1e3 * row["p50_s"] for row in rows], label=label)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.report import plots, record
-from benchmarks.report.results import Result
+from benchmarks.report.results import Result, Row
 from benchmarks.report.tables import cost_claims, kernel_claims
 
 BEGIN, END = "<!-- benchmarks: made by python -m benchmarks.report --readme -->", "<!-- benchmarks: end -->"
@@ -26,15 +26,22 @@ def updated(text: str, results_folder: Path) -> tuple[str, dict[str, str]]:
         newest = _newest(results)
         if any(result["commit_info"].get("dirty") for result in newest):
             raise ValueError(f"{device}: a result is of uncommitted changes; measure a commit")
-        if figure := plots.beside_peers([row for result in newest for row in result["rows"]]):
-            figures[path := f"{FIGURES}/{device}.svg"] = figure
-            parts.append(
-                f"![Time and memory of the loss and of a training step beside every peer, on {device}]({path})"
-            )
+        for name, (caption, figure) in _figures([row for result in newest for row in result["rows"]]).items():
+            figures[path := f"{FIGURES}/{device}{name}.svg"] = figure
+            parts.append(f"![{caption}, on {device}]({path})")
         for result in newest:
             parts += [table.markdown() for table in (kernel_claims(result), *cost_claims(result)) if table.rows]
     claims = "\n\n".join(parts) or "No results are committed yet."
     return f"{before}{BEGIN}\n{claims}\n{END}{after}", figures
+
+
+def _figures(rows: list[Row]) -> dict[str, tuple[str, str]]:
+    """What a figure's file is called behind its device, to its caption and its SVG."""
+    beside = plots.beside_peers(rows)
+    found = {"": ("Time and memory of the loss and of a training step beside every peer", beside)} if beside else {}
+    for dimension, figure in plots.memory_along(rows).items():
+        found[f"-memory-{dimension}"] = (f"Time and memory of the loss in bfloat16 along {dimension}", figure)
+    return found
 
 
 def _newest(results: list[Result]) -> list[Result]:

@@ -24,7 +24,7 @@ from reprdpo.models import unwrap
 from reprdpo.ops import LinearPreferenceLoss
 from reprdpo.reward import HiddenStateTap, HybridReward
 from reprdpo.training.checkpoint import load_state, save_state
-from reprdpo.training.confidence import RewardConfidence, ScoredBatch
+from reprdpo.training.confidence import RewardConfidence, ScoredBatch, check_replicas
 from reprdpo.training.config import ConfidenceConfig
 from reprdpo.training.layout import mean_over_tokens
 from reprdpo.training.metrics import MetricWindow
@@ -93,7 +93,8 @@ class RepresentationDPOTrainer(DPOTrainer):
         spread = None
         self._confidence: RewardConfidence | None = None
         if self.reward is not None:
-            self._confidence = RewardConfidence(self.reward.to(self.args.device), _confidence_config(self.args))
+            check_replicas(self.reward.to(self.args.device), self.accelerator)
+            self._confidence = RewardConfidence(self.reward, _confidence_config(self.args))
             spread = "confidence/mean"
         self._windows = {"train": MetricWindow(spread), "eval": MetricWindow(spread)}
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)

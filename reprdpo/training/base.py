@@ -203,14 +203,6 @@ class BaseTrainer(Trainer):
         scored = batch["scored_index"].numel() if "scored_index" in batch else 0
         return 6 * (self._decoder_size * batch["input_ids"].numel() + self._head_size * scored)
 
-    def check_replicas(self, module: nn.Module, what: str) -> None:
-        """Refuse parameters that are not the same, bit for bit, on every process: they would stay apart."""
-        fingerprint = torch.tensor([int(models.model_fingerprint(module)[:15], 16)], device=self.args.device)
-        found = self.accelerator.gather(fingerprint).tolist()
-        if len(set(found)) > 1:
-            odd = next(process for process, value in enumerate(found) if value != found[0])
-            raise UserError(f"{what}: is another one on process {odd} than on process 0; load the same on each")
-
     def _sizes(self) -> tuple[int, int]:
         """The parameters of decoder and head that multiply a token."""
         return models.matmul_parameters(models.decoder(self.model)), models.output_head(self.model).weight.numel()

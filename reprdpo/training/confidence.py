@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from reprdpo import files
+from reprdpo.errors import UserError
+from reprdpo.models import model_fingerprint
 from reprdpo.reward import HybridReward, RewardUpdater
 from reprdpo.training.config import ConfidenceConfig
 from reprdpo.training.metrics import HISTOGRAM_FILE, ConfidenceHistogram
@@ -34,6 +37,15 @@ class ScoredBatch(NamedTuple):
             "hybrid/nll": self.nll,
             "confidence/mean": self.confidence,
         }
+
+
+def check_replicas(reward: HybridReward, accelerator: Accelerator) -> None:
+    """Refuse a reward that is not the same, bit for bit, on every process: its replicas would stay apart."""
+    fingerprint = torch.tensor([int(model_fingerprint(reward)[:15], 16)], device=accelerator.device)
+    found = accelerator.gather(fingerprint).tolist()
+    if len(set(found)) > 1:
+        odd = next(process for process, value in enumerate(found) if value != found[0])
+        raise UserError(f"reward: is another one on process {odd} than on process 0; load the same on each")
 
 
 class RewardConfidence:

@@ -30,7 +30,7 @@ from reprdpo.reward import HiddenStateTap, HybridReward
 from reprdpo.training.adapters import with_adapters
 from reprdpo.training.base import BaseTrainer, autocast_dtype, padding_id
 from reprdpo.training.checkpoint import load_state, save_state
-from reprdpo.training.confidence import RewardConfidence, ScoredBatch
+from reprdpo.training.confidence import RewardConfidence, ScoredBatch, check_replicas
 from reprdpo.training.config import ReprDPOConfig
 from reprdpo.training.kto import LOSS_TYPE as KTO
 from reprdpo.training.kto import SERVED_BY, KTOBaseline
@@ -121,7 +121,7 @@ class ReprDPOTrainer(BaseTrainer):
         self._needs_reference = PAIR_LOSSES[self._loss_type].needs_reference
         self.reward = reward.to(args.device) if reward is not None else None
         if self.reward is not None:
-            self.check_replicas(self.reward, "reward")
+            check_replicas(self.reward, self.accelerator)
         self.train_dataset = self._prepare(train_dataset, "the training data", batched=True)
         self.eval_dataset = self._prepare(eval_dataset, "the evaluation data")
         self._confidence = None if self.reward is None else RewardConfidence(self.reward, args)

@@ -346,6 +346,22 @@ def test_the_readmes_figure_has_every_implementation_of_the_headline_groups(tmp_
     assert sorted(said) == sorted(expected)
 
 
+def test_the_readme_shows_what_memory_grows_with(tmp_path: Path, write: Write) -> None:
+    sizes = [{"T": T, "V": V} for T, V in ((64, 8), (64, 32), (64, 128), (256, 32))]
+    rows = [
+        row(f"test_memory[{name}-T{each['T']}-V{each['V']}]", shape=each, implementation=name)
+        for name in ("native", "eager")
+        for each in sizes
+    ]
+    _, text = readme(tmp_path, write, result(*rows))
+    for dimension in "TV":
+        assert f"](docs/benchmarks/epyc-memory-{dimension}.svg)" in text
+        figure = (tmp_path / "docs" / "benchmarks" / f"epyc-memory-{dimension}.svg").read_text()
+        assert {"native", "eager", dimension, "peak extra memory, MB"} <= set(
+            re.findall(r"<text.*?>(.*?)</text>", figure)
+        )
+
+
 def test_a_readme_without_rows_to_draw_has_no_figure(tmp_path: Path, write: Write) -> None:
     _, text = readme(tmp_path, write, result())
     assert "![" not in text

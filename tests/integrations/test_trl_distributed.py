@@ -10,6 +10,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from reprdpo.errors import UserError
+
 pytest.importorskip("trl")
 
 
@@ -80,3 +82,27 @@ def test_two_processes_are_one(tmp_path: Path, model_dir: str, pairs: Dataset, m
         weighted = ("eval_entropy", "eval_logits/", "eval_mean_token_accuracy")
         kept = {metric: value for metric, value in wanted.items() if not metric.startswith(weighted)}
         assert {metric: evaluated[name][metric] for metric in kept} == pytest.approx(kept, rel=1e-4, abs=1e-4), name
+
+
+def build(folder: str, model_dir: str, rows: list[dict[str, str]]) -> str:
+    from trl import DPOConfig
+
+    from reprdpo.integrations.trl import RepresentationDPOTrainer
+
+    config = DPOConfig(output_dir=folder, use_cpu=True, bf16=False, report_to="none")
+    reward = str(Path(folder) / f"reward-{torch.distributed.get_rank()}")
+    with pytest.raises(UserError) as told:
+        RepresentationDPOTrainer(model=model_dir, args=config, train_dataset=Dataset.from_list(rows), reward=reward)
+    return str(told.value)
+
+
+@pytest.mark.slow
+def test_a_reward_of_its_own_on_a_process_is_refused(
+    tmp_path: Path, model_dir: str, pairs: Dataset, make_reward: Callable[..., Any]
+) -> None:
+    reward = make_reward()
+    for rank in range(2):
+        reward.save_pretrained(tmp_path / f"reward-{rank}")
+        torch.nn.init.zeros_(reward.probe_bias)
+    for told in distributed.run(build, str(tmp_path), model_dir, list(pairs)):
+        assert told.startswith("reward: is another one on process 1 than on process 0")

@@ -391,6 +391,15 @@ def test_stats():
     assert not out.mean_logit.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_logits_the_first_is_the_top(dtype):
+    hidden, weight, _, _ = (None if each is None else each.detach() for each in make(4, 64, 300, dtype))
+    weight[[10, 250]] = weight[3].clone()  # in the first block of the vocabulary, and in another
+    hidden[:] = weight[3]
+    out = linear_logprob(hidden, weight, torch.tensor([3, 10, 250, 4]), return_stats=True)
+    assert out.top1.tolist() == [1, 0, 0, 0]
+
+
 def test_backward_twice_and_run_to_run():
     hidden, weight, labels, _ = make(dtype=torch.float32)
     before = hidden.detach().clone(), weight.detach().clone()
