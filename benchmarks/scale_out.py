@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reprdpo.training import ReprDPOConfig, ReprDPOTrainer
 
-PAIRS, LENGTH, STEPS, WARM_UP = 2, 96, 9, 3
+PAIRS, LENGTH, STEPS, WARM_UP = 4, 256, 9, 3
 
 
 def train(folder: str) -> None:
