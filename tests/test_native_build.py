@@ -112,6 +112,54 @@ def test_no_cuda_kernel_spills():
     assert max(int(registers) for _, registers, _, _ in kernels) <= 128  # two blocks of 256 threads
 
 
+def configured(folder, nvcc):
+    """What CMake says of CUDA, with this script as nvcc."""
+    (folder / "nvcc").write_text(nvcc, encoding="utf-8")
+    (folder / "nvcc").chmod(0o755)
+    command = [
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        folder / "build",
+        "-DREPRDPO_TESTS=OFF",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    environment = os.environ | {"CUDACXX": str(folder / "nvcc")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return (folder / "build" / "cuda_status.txt").read_text(encoding="utf-8")
+
+
+needs_cmake = pytest.mark.skipif(
+    not (ROOT / "CMakeLists.txt").exists() or shutil.which("cmake") is None, reason="no source tree, or no cmake"
+)
+
+
+@needs_cmake
+def test_an_nvcc_that_does_not_work_leaves_the_cpu_library(tmp_path):
+    status = configured(tmp_path, "#!/bin/sh\necho unsupported GNU version >&2\nexit 1\n")
+    assert status == "off: no working nvcc on PATH, in CUDACXX or under CUDA_HOME"
+
+
+# As CUDA 12.6's: it stops at the architectures that came after it.
+OLD_NVCC = """#!/bin/sh
+case "$*" in
+  *--list-gpu-arch*) echo compute_80; echo compute_90; exit ;;
+  *_100*) echo "Unsupported gpu architecture 'compute_100'" >&2; exit 1 ;;
+esac
+exec NVCC "$@"
+"""
+
+
+@needs_cmake
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_an_nvcc_that_does_not_know_every_architecture_compiles_for_the_others(tmp_path):
+    status = configured(tmp_path, OLD_NVCC.replace("NVCC", shutil.which("nvcc")))
+    assert status.startswith("libreprdpo_cuda for 80;90, nvcc")
+
+
 def setup_py(**variables):
     environment = {"PATH": "", "HOME": os.environ.get("HOME", "/"), **variables}
     command = [sys.executable, "setup.py", "--name"]

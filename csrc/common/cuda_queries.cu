@@ -16,4 +16,15 @@ const char* is_capturing(CudaStream stream, bool* capturing) {
 
 bool is_per_thread(CudaStream stream) { return stream == cudaStreamPerThread; }
 
+AllowedInCapture::AllowedInCapture() {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  mode_ = mode;
+}
+
+AllowedInCapture::~AllowedInCapture() {
+  cudaStreamCaptureMode mode = static_cast<cudaStreamCaptureMode>(mode_);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+}
+
 }  // namespace reprdpo

@@ -11,4 +11,17 @@ const char* is_capturing(CudaStream stream, bool* capturing);
 // Whether the handle stands for another stream in each host thread.
 bool is_per_thread(CudaStream stream);
 
+// While it lives, this thread may do what else would end a capture: a device's first call loads code and
+// variables.
+class AllowedInCapture {
+ public:
+  AllowedInCapture();
+  ~AllowedInCapture();
+  AllowedInCapture(const AllowedInCapture&) = delete;
+  AllowedInCapture& operator=(const AllowedInCapture&) = delete;
+
+ private:
+  int mode_;  // the thread's, a cudaStreamCaptureMode
+};
+
 }  // namespace reprdpo

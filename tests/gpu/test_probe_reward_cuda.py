@@ -1,8 +1,13 @@
 """The CUDA C++ kernels of probe_reward on a GPU, against the oracle in float64, and under a CUDA graph."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from benchmarks.device import device_events
 from reprdpo.ops import native, reference
 
 pytestmark = pytest.mark.skipif(not native.loaded("cuda"), reason=f"native: {native.status('cuda')}")
@@ -107,8 +112,29 @@ def test_one_launch(backward):
 
     run()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(kernels) == 1, [event.name for event in kernels]
+    kernels = device_events(run, "cuda")
+    assert len(kernels) == 1, kernels
+
+
+FIRST_CALL_IN_A_CAPTURE = """
+import torch
+from reprdpo.ops import native, reference
+assert native.loaded("cuda")
+hidden, parameters = torch.randn(2, 3, 40, device="cuda"), torch.randn(4, 3, 40, device="cuda")
+w, b, v, c = parameters[0], parameters[1, :, 0].contiguous(), parameters[2], parameters[3, :, 0].contiguous()
+wanted = reference.probe_reward(hidden, w, b, v, c, "softmax")[0]
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    reward = torch.ops.reprdpo_native.probe_reward(
+        [hidden], None, w, b, v, c, "softmax", False, None, False, None, False
+    )[0]
+graph.replay()
+torch.testing.assert_close(reward, wanted, rtol=1e-5, atol=1e-5)
+"""
+
+
+def test_first_call_of_a_process_inside_a_capture():
+    command = [sys.executable, "-c", FIRST_CALL_IN_A_CAPTURE]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
