@@ -76,37 +76,35 @@ def load(path: Path) -> Any:
 
 
 @pytest.mark.interpreter
-def test_every_kernel_s_cases_run_and_trials_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_trials_are_kept_and_a_kernel_that_fails_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A timer that likes whatever is not the frozen configuration stands for the device's."""
     monkeypatch.setattr(tune, "machine_info", dict)
-    monkeypatch.setattr(tune, "neighbours", lambda field, value: [value // 2])
-    small = {
-        "logprob": lambda: tune.logprob_cases(2, (100, 150, 260)),
-        "probe_reward": lambda: tune.probe_cases(1, 8),
-    }
-    kernels = [
-        tune.Kernel(each.module, each.key, each.fields[-1:], small[each.module], timer_of(each))
-        for each in tune.kernels((8, 0))
-        if each.module in small
-    ]
-    broken = tune.Kernel("logprob", 90, (), lambda: {"broken": lambda: 1 // 0}, lambda call: 1.0)
-    assert tune.tune([broken, *kernels], tmp_path / "tuned.json", 60) == 1
-    first, *records = json.loads((tmp_path / "tuned.json").read_text(encoding="utf-8"))["kernels"]
+    configs = tune.import_module("reprdpo_kernels.logprob").CONFIGS
+    frozen = configs[80]
+    broken = tune.Kernel("logprob", 80, (), lambda: {"broken": lambda: 1 // 0}, lambda call: 1.0)
+    works = tune.Kernel(
+        "logprob",
+        80,
+        ("warps",),
+        lambda: tune.logprob_cases(2, (100, 150, 260)),
+        lambda call: 1.0 if configs[80] == frozen else 0.5,
+    )
+    assert tune.tune([broken, works], tmp_path / "tuned.json", 60) == 1
+    first, second = json.loads((tmp_path / "tuned.json").read_text(encoding="utf-8"))["kernels"]
     assert "ZeroDivisionError" in first["reason"]
-    for kernel, record in zip(kernels, records, strict=True):
-        field = kernel.fields[0]
-        assert record["best"] | {field: 0} == record["frozen"] | {field: 0}
-        assert record["best"][field] != record["frozen"][field], record["tried"]
-        assert record["ratio"] == 0.5
-    (product,) = tune.sparse_cases(HeadShape(1, 2, 8, 64)).values()
+    assert second["best"] == frozen._asdict() | {"warps": frozen.warps // 2}
+    assert second["ratio"] == 0.5
+    assert len(second["tried"]) == 3
+    assert configs[80] == frozen
+
+
+@pytest.mark.interpreter
+def test_the_other_kernels_cases_run() -> None:
+    calls = [tune.probe_cases(1, 8)["forward, bfloat16"], *tune.sparse_cases(HeadShape(1, 2, 8, 64)).values()]
     with ops.use_backend("triton"):
-        assert all(result.isfinite().all() for result in tune.results(product))
-
-
-def timer_of(kernel: tune.Kernel) -> tune.Timer:
-    configs = tune.import_module(f"reprdpo_kernels.{kernel.module}").CONFIGS
-    frozen = configs[kernel.key]
-    return lambda call: 1.0 if configs[kernel.key] == frozen else 0.5
+        assert all(result.isfinite().all() for call in calls for result in tune.results(call))
 
 
 @pytest.mark.interpreter
