@@ -5,11 +5,12 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 
 usage() {
   cat <<'HELP'
-usage: benchmarks/gpu.sh [--dry-run] [--headline] [--minutes N] [--out DIR] [--wheels DIR] [--commit ID] PART...
+usage: benchmarks/gpu.sh [--dry-run] [--headline] [--minutes N] [--limit S] [--out DIR] [--wheels DIR] [--commit ID] PART...
   PART         all, or any of the parts that --dry-run lists
   --dry-run    list parts, commands and expected minutes; runs nothing, needs no GPU
   --headline   of the benchmarks only the rows that the README shows, which take about half as long
   --minutes N  be done by then: what is left is interrupted or not started, and the summary says so
+  --limit S    seconds a part may take (default 520); what it has finished by then stays
   --out DIR    where log.txt, summary.txt, a file a part and page.html go (default build/gpu)
   --wheels DIR peers and what else is missing as wheels, put beside the source for this run alone
   --commit ID  the commit that is measured, where the tree has no history ("ID+" if it has uncommitted changes)
@@ -31,22 +32,21 @@ preference|8|bench_*preference*.py
 svm|2|bench_*svm*.py|datasets
 overhead|7|bench_overhead*.py|datasets
 step|6|bench_*step*.py|datasets'
-LIMIT=520 # seconds a part, at most; then it is interrupted and what it has finished stays
-
+LIMIT=520
 dry=0 rows='' out=build/gpu wheels='' parts=() end=0
 while (($#)); do
   case $1 in
     --dry-run) dry=1 ;;
     --headline) rows=" -m 'not secondary'" ;;
-    --out | --wheels | --commit | --minutes)
+    --out | --wheels | --commit | --minutes | --limit)
       (($# > 1)) || { echo "gpu.sh: $1 needs a value" >&2; exit 2; }
       case $1 in
         --out) out=$(realpath -m "$2") ;;
         --wheels) wheels=$(realpath -m "$2") ;;
         --commit) export REPRDPO_COMMIT=$2 ;;
-        --minutes)
-          [[ $2 =~ ^[1-9][0-9]*$ ]] || { echo "gpu.sh: --minutes must be a whole number, not $2" >&2; exit 2; }
-          end=$((60 * $2 - 15)) ;; # what is left is for the page
+        --minutes | --limit)
+          [[ $2 =~ ^[1-9][0-9]*$ ]] || { echo "gpu.sh: $1 must be a whole number, not $2" >&2; exit 2; }
+          [[ $1 == --limit ]] && LIMIT=$2 || end=$((60 * $2 - 15)) ;; # what is left is for the page
       esac
       shift ;;
     -h | --help) usage; exit 0 ;;
@@ -81,8 +81,8 @@ UNSANITIZED='graph or captur or launch or compile or out_of_memory or past_two'
 
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 
-# Most of the time goes into compiling kernels, which several processes share; one whose CUDA context is lost, or that
-# hangs, is replaced by another. What fills the device comes after, alone.
+# Most of the time goes into compiling kernels, which several processes share; one that hangs or has lost its CUDA
+# context is replaced by another. What fills the device comes after, alone.
 SHARED=''
 has pytest_timeout && SHARED=' --timeout 150'
 has xdist && SHARED=" -n 6${SHARED:+$SHARED --timeout-method thread}"
@@ -212,7 +212,7 @@ for part in "${parts[@]}"; do
   rm -f "$out/$part.json"
   while IFS= read -r line <&3; do
     began=$SECONDS seconds=$(limit "$start") log=$logs/$part
-    if ((seconds < 20)); then
+    if ((seconds < (LIMIT < 20 ? LIMIT : 20))); then
       failed=1
       say "$part" 'not run' "no time left for: ${line:0:150}"
       continue
