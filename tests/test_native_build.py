@@ -84,6 +84,20 @@ def test_a_library_of_other_schemas_is_refused(monkeypatch):
         native._load.cache_clear()
 
 
+@needs_native
+def test_a_library_that_cannot_serve_this_machine_says_why(monkeypatch):
+    built = native._build("cpu")
+    monkeypatch.setattr(
+        native, "_build", lambda device: f"{built}; it needs a driver for CUDA 13, this one serves 12.8"
+    )
+    native._load.cache_clear()
+    try:
+        assert not native.loaded()
+        assert native.status().endswith("cannot serve here: it needs a driver for CUDA 13, this one serves 12.8")
+    finally:
+        native._load.cache_clear()
+
+
 def test_status_gives_the_reason_that_the_installation_wrote_down(monkeypatch, tmp_path):
     (tmp_path / "build.txt").write_text("libreprdpo_cpu.so: its build failed: no space\n", encoding="utf-8")
     monkeypatch.setattr(native, "_FOLDER", tmp_path)

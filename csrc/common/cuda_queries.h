@@ -2,12 +2,17 @@
 // being none.
 #pragma once
 
+#include <string>
+#include <vector>
+
 namespace reprdpo {
 
 using CudaStream = void*;
 
 const char* multiprocessors_of(int device, int* count);
 const char* is_capturing(CudaStream stream, bool* capturing);
+// Why a library for these architectures cannot serve this machine, empty where it can; see cuda_fitness.h.
+std::string unfit_here(const std::vector<int>& architectures);
 // Whether the handle stands for another stream in each host thread.
 bool is_per_thread(CudaStream stream);
 
