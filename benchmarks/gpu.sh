@@ -83,8 +83,8 @@ has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 
 # Most of the time goes into compiling kernels, which several processes share; one that hangs or has lost its CUDA
 # context is replaced by another. What fills the device comes after, alone.
-SHARED=''
-has pytest_timeout && SHARED=' --timeout 150'
+SHARED='' ROW=''
+has pytest_timeout && SHARED=' --timeout 150' ROW=' --timeout 200'
 has xdist && SHARED=" -n 6${SHARED:+$SHARED --timeout-method thread}"
 ALONE='out_of_memory or past_two'
 
@@ -103,7 +103,7 @@ commands() {
       ;;
     tests)
       echo "$PYTHON -m pytest tests/gpu -p no:cacheprovider -rfEs --continue-on-collection-errors$SHARED -k 'not ($ALONE)'"
-      echo "$PYTHON -m pytest tests/gpu -p no:cacheprovider -rfEs --continue-on-collection-errors -k '$ALONE'"
+      echo "$PYTHON -m pytest tests/gpu -p no:cacheprovider -rfEs --continue-on-collection-errors$ROW -k '$ALONE'"
       ;;
     memcheck)
       for file in $(test_files); do
@@ -126,7 +126,7 @@ commands() {
     *)
       local found
       found=$(bench_files "$1")
-      [[ -z $found ]] || echo "$PYTHON -m pytest $found -p no:cacheprovider --continue-on-collection-errors$rows" \
+      [[ -z $found ]] || echo "$PYTHON -m pytest $found -p no:cacheprovider --continue-on-collection-errors$rows$ROW" \
         "--benchmark-quiet --benchmark-json $(printf %q "$out/$1.json")"
       ;;
   esac
