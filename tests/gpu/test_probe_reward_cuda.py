@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -77,6 +78,28 @@ def test_same_bits_every_run_and_on_every_stream():
             runs.append(forward(hidden, index, parameters, "softmax"))
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for run in runs for a, b in zip(first, run, strict=True))
+
+
+def test_threads_that_share_a_stream_share_no_counters():
+    """More layers than one launch takes: another thread's may come between two of a call."""
+    hidden, index, parameters = make_case("softmax", 130, 8, 2, 64, torch.bfloat16)
+    first = forward(hidden, index, parameters, "softmax")
+    torch.cuda.synchronize()
+
+    def run(_):
+        return [forward(hidden, index, parameters, "softmax") for _ in range(100)]
+
+    with ThreadPoolExecutor(4) as threads:
+        runs = [results for each in threads.map(run, range(4)) for results in each]
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for results in runs for a, b in zip(first, results, strict=True))
+
+
+def test_the_reward_of_no_layers():
+    hidden, w = torch.randn(4, 0, 8, device="cuda"), torch.randn(0, 8, device="cuda")
+    reward, _, _, _, confidence = forward([hidden], None, (w, w[:, 0], w, w[:, 0]), "softmax")
+    assert reward.tolist() == [0.0] * 4
+    assert confidence.tolist() == [0.5] * 2
 
 
 def test_a_captured_launch_is_replayed_beside_others():
