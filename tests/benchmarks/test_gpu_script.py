@@ -76,12 +76,15 @@ def executable(path: Path, text: str) -> Path:
 
 def test_a_part_that_fails_or_lacks_a_package_leaves_the_others(tmp_path: Path) -> None:
     python = str(executable(tmp_path / "python", BARE_PYTHON))
-    executable(tmp_path / "cuda" / "bin" / "compute-sanitizer", "#!/bin/sh\necho checked with $2")
-    parts = ("tests", "racecheck", "svm", "ceilings", "--headline", "--out", "out")
+    checked = (
+        "#!/bin/sh\necho checked with $2\n[ $2 = initcheck ] && echo '45 skipped in 2.10s' || echo '45 passed in 2.10s'"
+    )
+    executable(tmp_path / "cuda" / "bin" / "compute-sanitizer", checked)
+    parts = ("tests", "racecheck", "initcheck", "svm", "ceilings", "--headline", "--out", "out")
     done = run(*parts, cwd=tmp_path, PYTHON=python, CUDA_HOME=str(tmp_path / "cuda"))
     assert done.returncode == 1
     assert re.search(r"== tests: \d+ s, status 3\n", done.stdout)
-    assert re.search(r"checked with racecheck\n== racecheck: \d+ s, status 0\n", done.stdout)
+    assert re.search(r"checked with racecheck\n45 passed.*\n== racecheck: \d+ s, status 0\n", done.stdout)
     assert "== svm\nskipped: no datasets; give it in --wheels\n" in done.stdout
     assert f"report of {tmp_path}/out/ceilings.json" in done.stdout
     assert (tmp_path / "out" / "log.txt").read_text(encoding="utf-8") == done.stdout
@@ -91,6 +94,7 @@ def test_a_part_that_fails_or_lacks_a_package_leaves_the_others(tmp_path: Path) 
         ("tests", "red"),
         ("tests", "red"),
         ("racecheck", "green"),
+        ("initcheck", "skipped"),
         ("svm", "skipped"),
         ("ceilings", "green"),
     ]
