@@ -81,14 +81,18 @@ UNSANITIZED='graph or captur or launch or compile or out_of_memory or past_two'
 
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 
-# Most of the time goes into compiling kernels, which several processes share; one that hangs or has lost its CUDA
+each() { has pytest_timeout && echo " --timeout $1"; } # seconds a test or a row may take
+# Most of the tests' time goes into compiling kernels, which several processes share; one that hangs or has lost its CUDA
 # context is replaced by another. What fills the device comes after, alone.
-SHARED='' ROW=''
-has pytest_timeout && SHARED=' --timeout 150' ROW=' --timeout 200'
-has xdist && SHARED=" -n 6${SHARED:+$SHARED --timeout-method thread}"
+shared() {
+  local limit
+  limit=$(each 150)
+  has xdist && limit=" -n 6${limit:+$limit --timeout-method thread}"
+  echo "$limit"
+}
 ALONE='out_of_memory or past_two'
 
-# Lines of `tests` and `memcheck`, most telling first: the CUDA C++ ops, then those of Triton.
+# Most telling first: the CUDA C++ ops, then those of Triton.
 test_files() { (printf '%s\n' tests/gpu/test_probe_reward_cuda.py tests/gpu/test_probe_reward.py && ls tests/gpu/test_*.py) | awk '!seen[$0]++'; }
 
 # The commands of a part, a line each: run as they are printed, the next whatever came of the last.
@@ -102,8 +106,8 @@ commands() {
         "$PYTHON -c '$LOADS'; }"
       ;;
     tests)
-      echo "$PYTHON -m pytest tests/gpu -p no:cacheprovider -rfEs --continue-on-collection-errors$SHARED -k 'not ($ALONE)'"
-      echo "$PYTHON -m pytest tests/gpu -p no:cacheprovider -rfEs --continue-on-collection-errors$ROW -k '$ALONE'"
+      echo "$PYTHON -m pytest tests/gpu -p no:cacheprovider -rfEs --continue-on-collection-errors$(shared) -k 'not ($ALONE)'"
+      echo "$PYTHON -m pytest tests/gpu -p no:cacheprovider -rfEs --continue-on-collection-errors$(each 200) -k '$ALONE'"
       ;;
     memcheck)
       for file in $(test_files); do
@@ -126,7 +130,7 @@ commands() {
     *)
       local found
       found=$(bench_files "$1")
-      [[ -z $found ]] || echo "$PYTHON -m pytest $found -p no:cacheprovider --continue-on-collection-errors$rows$ROW" \
+      [[ -z $found ]] || echo "$PYTHON -m pytest $found -p no:cacheprovider --continue-on-collection-errors$rows$(each 200)" \
         "--benchmark-quiet --benchmark-json $(printf %q "$out/$1.json")"
       ;;
   esac
@@ -177,7 +181,6 @@ date -u
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
 "$PYTHON" -c 'import sys, torch; print("python", sys.version.split()[0], "torch", torch.__version__, "cuda", torch.version.cuda)'
 "$PYTHON" -c 'import triton; print("triton", triton.__version__)'
-
 
 # What came of a command, from its output: counts, what failed (the first few), what a benchmark's rows came to.
 ROWS='import collections, json, sys

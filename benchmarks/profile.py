@@ -37,7 +37,7 @@ from reprdpo.ops.backend import Request
 Call = Callable[[], Any]
 DTYPE = torch.bfloat16
 BUDGET_SECONDS = 0.3
-_MATMUL = re.compile(r"gemm|gemv|nvjet|cutlass|xmma|matmul|packed_product", re.IGNORECASE)
+_MATMUL = re.compile(r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|matmul|packed_product", re.IGNORECASE)
 _OWN = re.compile(r"reprdpo|^_\w+_kernel$")  # C++ by its namespace, Triton's by the names of their functions
 
 

@@ -182,15 +182,17 @@ def setup_py(**variables):
 
 @needs_source
 @pytest.mark.parametrize(
-    ("request_", "status", "words"),
+    ("asked", "status", "words"),
     [
-        ("auto", 0, "installing without the native library, on the reference backend: cmake is not on PATH"),
-        ("off", 0, "installing without the native library, on the reference backend: REPRDPO_NATIVE=off"),
-        ("on", 1, "REPRDPO_NATIVE=on, but the native library cannot be built: cmake is not on PATH"),
-        ("yes", 1, "REPRDPO_NATIVE must be auto, on or off, not 'yes'"),
+        ("NATIVE=auto", 0, "installing without the native library, on the reference backend: cmake is not on PATH"),
+        ("NATIVE=off", 0, "installing without the native library, on the reference backend: REPRDPO_NATIVE=off"),
+        ("CUDA=on", 1, "REPRDPO_CUDA=on, but the native library cannot be built: cmake is not on PATH"),
+        ("NATIVE=on", 1, "REPRDPO_NATIVE=on, but the native library cannot be built: cmake is not on PATH"),
+        ("NATIVE=yes", 1, "REPRDPO_NATIVE must be auto, on or off, not 'yes'"),
     ],
 )
-def test_setup_says_what_it_leaves_out(request_, status, words):
-    done = setup_py(REPRDPO_NATIVE=request_)
+def test_setup_says_what_it_leaves_out(asked, status, words):
+    variable, value = asked.split("=")
+    done = setup_py(**{f"REPRDPO_{variable}": value})
     assert done.returncode == status, done.stderr
     assert words in done.stderr

@@ -17,6 +17,10 @@ const char* is_capturing(CudaStream stream, bool* capturing) {
 
 bool is_per_thread(CudaStream stream) { return stream == cudaStreamPerThread; }
 
+const char* clear(void* data, size_t bytes, CudaStream stream) {
+  return text(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)));
+}
+
 std::string unfit_here(const std::vector<int>& architectures) {
   CudaMachine machine = {};
   int devices = 0;

@@ -2,6 +2,7 @@
 // being none.
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,8 @@ using CudaStream = void*;
 
 const char* multiprocessors_of(int device, int* count);
 const char* is_capturing(CudaStream stream, bool* capturing);
+// Sets device memory to zero on a stream.
+const char* clear(void* data, size_t bytes, CudaStream stream);
 // Why a library for these architectures cannot serve this machine, empty where it can; see cuda_fitness.h.
 std::string unfit_here(const std::vector<int>& architectures);
 // Whether the handle stands for another stream in each host thread.

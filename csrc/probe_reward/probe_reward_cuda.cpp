@@ -65,8 +65,9 @@ std::pair<unsigned*, std::optional<Tensor>> take_arrivals(const Place& place, in
     check(arrivals_of_device(&first), "finding the counters");
     return {first + *start, std::nullopt};
   }
-  Tensor zeros = torch::stable::new_zeros(like, {count}, ScalarType::Int);
-  return {static_cast<unsigned*>(zeros.mutable_data_ptr()), zeros};
+  Tensor counters = torch::stable::new_empty(like, {count}, ScalarType::Int);
+  check(clear(counters.mutable_data_ptr(), count * sizeof(unsigned), place.stream), "clearing counters");
+  return {static_cast<unsigned*>(counters.mutable_data_ptr()), counters};
 }
 
 // Layers that lie alike, so that one set of strides serves all. Others are copied together first.
