@@ -64,8 +64,8 @@ def neighbours(field: str, value: int) -> list[int]:
 
 def search(
     start: Any, fields: Sequence[str], judge: Callable[[Any], float], until: Callable[[], bool] = lambda: False
-) -> tuple[Any, float]:
-    """The best configuration found and its judgement (1 the start's, infinity what cannot be); none is judged twice."""
+) -> Any:
+    """The best configuration found; a judgement of the start is 1, of what cannot be infinity; none is judged twice."""
     known = {start: 1.0}
     best, moved = start, True
     while moved:
@@ -79,7 +79,7 @@ def search(
                 if known[candidate] < GAIN * known[best]:
                     best, moved = candidate, True
                     break
-    return best, known[best]
+    return best
 
 
 def head_rows(rows: int, vocabulary: int, **options: Any) -> Call:
@@ -178,13 +178,21 @@ def tuned(kernel: Kernel, seconds: float, keep: Callable[[dict[str, Any]], None]
             except Exception as failure:  # too many registers, too much shared memory, or wrong
                 trial["reason"] = f"{type(failure).__name__}: {str(failure)[:200]}"
             tried.append(trial)
+            record.update(best_of(tried))
             keep(record)
             return trial["ratio"] or float("inf")
 
-        best, ratio = search(frozen, kernel.fields, judge, lambda: time.monotonic() > end)
+        search(frozen, kernel.fields, judge, lambda: time.monotonic() > end)
     finally:
         configs[kernel.key] = frozen
-    return record | {"best": best._asdict(), "ratio": ratio, "stopped": time.monotonic() > end}
+    return record | best_of(tried) | {"stopped": time.monotonic() > end}
+
+
+def best_of(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The best configuration so far, the first of them unless another is better by more than noise, and its ratio."""
+    best = min((trial for trial in tried if trial["ratio"]), key=lambda trial: trial["ratio"])
+    chosen = best if best["ratio"] < GAIN else tried[0]
+    return {"best": chosen["config"], "ratio": chosen["ratio"]}
 
 
 def apply(record: dict[str, Any], folder: Path = KERNELS) -> bool:

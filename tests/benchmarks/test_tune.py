@@ -29,16 +29,15 @@ def test_the_search_goes_down_one_field_at_a_time_and_judges_nothing_twice() -> 
             return float("inf")
         return abs(config.block - 1024) / 4096 + (2 if config.warps < 16 else 1) + 0.001 * config.stages
 
-    best, judgement = tune.search(Config(), Config._fields, lambda config: judge(config) / judge(Config()))
+    best = tune.search(Config(), Config._fields, lambda config: judge(config) / judge(Config()))
     assert best[:2] == (1024, 16)
-    assert judgement < 1
     tried = [config for config in seen if config != Config()]
     assert len(tried) == len(set(tried))
 
 
 def test_the_search_takes_no_gain_that_is_noise_and_stops_in_time() -> None:
-    assert tune.search(Config(), Config._fields, lambda config: 0.98) == (Config(), 1.0)
-    assert tune.search(Config(), Config._fields, lambda config: 0.1, until=lambda: True) == (Config(), 1.0)
+    assert tune.search(Config(), Config._fields, lambda config: 0.98) == Config()
+    assert tune.search(Config(), Config._fields, lambda config: 0.1, until=lambda: True) == Config()
 
 
 @pytest.mark.parametrize(
@@ -98,6 +97,13 @@ def test_trials_are_kept_and_a_kernel_that_fails_leaves_the_others(
     assert second["ratio"] == 0.5
     assert len(second["tried"]) == 3
     assert configs[80] == frozen
+
+
+def test_the_best_of_trials_is_kept_while_they_go_on() -> None:
+    tried: list[dict[str, Any]] = [{"config": "frozen", "ratio": 1.0}]
+    for config, ratio, best in [("a", 0.98, "frozen"), ("b", None, "frozen"), ("c", 0.9, "c"), ("d", 0.95, "c")]:
+        tried.append({"config": config, "ratio": ratio})
+        assert tune.best_of(tried)["best"] == best
 
 
 @pytest.mark.interpreter
