@@ -60,6 +60,15 @@ def test_learns_scores_and_reloads(make_model: Make, make_config: Make, visible:
     assert again.score(rows_of(visible, "chosen"), batch_size=5) == chosen
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_scores_without_dropout_and_stays_in_its_mode(make_model: Make, visible: Dataset, training: bool) -> None:
+    model = BradleyTerryRewardModel.from_causal_lm(make_model(attention_dropout=0.5)).train(training)
+    torch.nn.init.normal_(model.head.weight)
+    scores = model.score(rows_of(visible, "chosen"))
+    assert model.training == training
+    assert model.eval().score(rows_of(visible, "chosen")) == scores
+
+
 def test_the_same_command_goes_on(make_model: Make, make_config: Make, visible: Dataset, tmp_path: Path) -> None:
     def run(name: str, steps: int) -> list[float]:
         saved = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant", "max_steps": steps}
