@@ -85,6 +85,7 @@ def test_the_base_is_known_in_a_wider_dtype_and_under_adapters() -> None:
     base = base_fingerprint(model)
     model.float()
     assert base_fingerprint(model) == base != base_fingerprint(tiny_causal_lm("qwen2_tied"))
+    assert base_fingerprint(tiny_causal_lm("llama").double()) == base_fingerprint(tiny_causal_lm("llama"))
     before = model_fingerprint(model)
     peft = pytest.importorskip("peft")
     targets = {"target_modules": ["q_proj"], "modules_to_save": ["norm"], "init_lora_weights": False}

@@ -118,6 +118,8 @@ def test_truncation_rules(characters: Any) -> None:
     assert cut(characters, "01234", "xy", max_length=20, max_prompt_length=3) == ("<s>34", "xy")
     assert cut(characters, "01234", "xy", max_length=20, max_prompt_length=1) == ("4", "xy")
     assert cut(characters, "01234", "xy", "keep_start", max_length=20, max_prompt_length=1) == ("<s>", "xy")
+    # An EOS that the tokenizer puts behind the prompt belongs to the response, and is not cut with the prompt.
+    assert cut(character_tokenizer("both"), "0123456789", "", "keep_start", max_length=10) == ("<s>01234567", "")
     # A long response after a short prompt.
     assert cut(characters, "0", "tuvwxyz", "error", max_length=6) == ("<s>0", "tuv")
 

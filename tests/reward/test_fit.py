@@ -10,9 +10,9 @@ from torch import Tensor
 
 from reprdpo import ops
 from reprdpo.errors import UserError
-from reprdpo.reward import HybridReward, RewardFitConfig, fit_from_states, fit_parameters
+from reprdpo.reward import HybridReward, RewardFitConfig, fit, fit_from_states, fit_parameters
 from reprdpo.reward.features import Span, Standardizer
-from reprdpo.reward.fit import RewardParameters, _nll
+from reprdpo.reward.fit import RewardParameters, _nll, fit_probes
 
 
 def make_states(P: int = 60, L: int = 3, D: int = 12, signal: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -121,6 +121,14 @@ def test_groups_keep_copies_together() -> None:
     assert leaking.gated_accuracy > 0.9
     assert grouped.gated_accuracy < 0.8
     assert (leaking.num_groups, grouped.num_groups) == (80, 20)
+
+
+def test_c_is_chosen_with_the_sides_of_a_pair_in_one_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict = {}
+    monkeypatch.setattr(fit, "fit_linear_svm", lambda features, labels, **options: given.update(options))
+    labels = torch.tensor([1.0, 1.0, 0.0, -1.0, 0.0, -1.0])  # two sequences without a label
+    fit_probes(torch.randn(2, 6, 4), labels, ["a", "b", "b"], RewardFitConfig(C=[0.1, 1.0], folds=2, seed=3))
+    assert given == {"C": [0.1, 1.0], "groups": ["a", "b", "a", "b"], "folds": 2, "seed": 3}
 
 
 def test_deterministic_and_seeded() -> None:

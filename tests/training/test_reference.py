@@ -37,30 +37,33 @@ def forbid(*args: Any) -> None:
 def test_found_again_by_content(
     make_model: Callable[..., Any], pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def model() -> Any:
+        return make_model().bfloat16().float()  # values that both dtypes hold, which name the model
+
     settings = {"pad_token_id": 0, "cache_dir": tmp_path, "progress": False}
-    first = reference_logps(make_model(), pairs, **settings)
+    first = reference_logps(model(), pairs, **settings)
     monkeypatch.setattr(reference, "batch_logps", forbid)
-    again = reference_logps(make_model(), pairs, **settings, batch_size=2)
+    again = reference_logps(model(), pairs, **settings, batch_size=2)
     assert again["ref_chosen_logps"] == first["ref_chosen_logps"]
-    other_model = make_model()
+    other_model = model()
     with torch.no_grad():
         other_model.lm_head.weight[0, 0] += 1
     moved = pairs.map(lambda row: {"rejected_response_start": row["rejected_response_start"] + 1})
     one, other, *rest = pairs  # the same tokens on end, the border of two rows elsewhere
     first_id, *others = other["chosen_input_ids"]
     one, other = one | {"chosen_input_ids": [*one["chosen_input_ids"], first_id]}, other | {"chosen_input_ids": others}
-    for model, data, dtype in (
+    for changed, data, dtype in (
         (other_model, pairs, None),
-        (make_model().double(), pairs, None),
-        (make_model(), moved, None),
-        (make_model(), Dataset.from_list([one, other, *rest]), None),
-        (make_model(), pairs, torch.bfloat16),
+        (model().bfloat16(), pairs, None),
+        (model(), moved, None),
+        (model(), Dataset.from_list([one, other, *rest]), None),
+        (model(), pairs, torch.bfloat16),
     ):
         with pytest.raises(AssertionError, match="ran again"):
-            reference_logps(model, data, **settings, autocast_dtype=dtype)
+            reference_logps(changed, data, **settings, autocast_dtype=dtype)
     with pytest.raises(AssertionError, match="ran again"):
-        reference_logps(make_model(), pairs, **settings, collator=PackingCollator(PreferenceCollator(0), ("prefix",)))
-    told = reference_logps(make_model(), pairs, **settings, fingerprint=base_fingerprint(make_model()))
+        reference_logps(model(), pairs, **settings, collator=PackingCollator(PreferenceCollator(0), ("prefix",)))
+    told = reference_logps(model(), pairs, **settings, fingerprint=base_fingerprint(model()))
     assert told["ref_rejected_logps"] == first["ref_rejected_logps"]
 
 
