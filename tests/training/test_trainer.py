@@ -399,6 +399,15 @@ def test_a_reference_of_its_own(make_model: Make, make_config: Make, pairs: Data
             assert list(trainer.train_dataset[name]) == pytest.approx(list(expected[name]), abs=1e-4)
 
 
+def test_the_reference_rounds_as_the_policy_will(make_model: Make, make_config: Make, pairs: Dataset) -> None:
+    trainer = ReprDPOTrainer(make_model(), make_config(confidence_source="fixed", bf16=True), train_dataset=pairs)
+    options = {"pad_token_id": 0, "collator": trainer.data_collator, "progress": False}
+    rounded = reference_logps(make_model(), pairs, autocast_dtype=torch.bfloat16, **options)["ref_chosen_logps"]
+    found = list(trainer.train_dataset["ref_chosen_logps"])
+    assert found == list(rounded)
+    assert found != pytest.approx(list(reference_logps(make_model(), pairs, **options)["ref_chosen_logps"]), abs=1e-4)
+
+
 def test_a_loss_without_reference_computes_none(make_model: Make, make_config: Make, pairs: Dataset) -> None:
     config = make_config(loss_type="simpo", confidence_source="fixed")
     ReprDPOTrainer(make_model(), config, train_dataset=pairs).train()
