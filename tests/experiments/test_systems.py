@@ -198,3 +198,13 @@ def test_a_reward_is_fitted_by_prompt(tmp_path: Path, monkeypatch: pytest.Monkey
     assert fit_reward(policy, Dataset.from_dict(columns), RewardFitConfig(), tmp_path) == "report"
     assert list(given["groups"]) == [0, 0, 2]
     assert (given["base"], given["chosen_is_safe"], given["rejected_is_safe"]) == ("model", [True, None, True], None)
+
+
+def test_a_perplexity_is_kept_for_its_model_and_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[Any] = []
+    monkeypatch.setattr(stages, "perplexity", lambda model, rows: counted.append(model) or len(counted))
+    monkeypatch.setattr(stages, "model_fingerprint", str)
+    texts = [Dataset.from_dict({"input_ids": [[5, 6, 7]], "response_start": [start]}) for start in (1, 2)]
+    asked = [("a", texts[0]), ("a", texts[0]), ("b", texts[0]), ("b", texts[1])]
+    found = [stages._perplexity(model, text, tmp_path / "p.json") for model, text in asked]  # type: ignore[arg-type]
+    assert found == [1, 1, 2, 3]

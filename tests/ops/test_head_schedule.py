@@ -50,7 +50,7 @@ def row_bytes(dtype):
     ("budget_rows", "frozen", "no_grad", "count"),
     [
         *((None, False, False, 3), (None, True, False, 2), (None, False, True, 1)),
-        *((40, False, False, 4), (40, True, False, 2), (40, False, True, 1)),
+        *((40, False, False, 4), (40, True, False, 2), (40, False, True, 1), (40, True, True, 1)),
     ],
 )
 def test_matmuls_of_linear_logprob(budget_rows, frozen, no_grad, count):
