@@ -1,5 +1,4 @@
 import collections
-
 import dataclasses
 from copy import deepcopy
 
