@@ -269,7 +269,8 @@ def _narrowest(values: Tensor) -> Tensor:
     """The same values in the first dtype that holds them exactly, so that how they were loaded leaves no trace."""
     if not values.dtype.is_floating_point or values.dtype == torch.bfloat16:
         return values
-    for dtype in (torch.bfloat16, torch.float16):
+    wider = (torch.float32,) if values.dtype == torch.float64 else ()
+    for dtype in (torch.bfloat16, torch.float16, *wider):
         parts = []
         for part in values.split(_NARROWING_CHUNK):
             parts.append(part.to(dtype))

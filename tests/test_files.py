@@ -133,6 +133,7 @@ def test_content_hash_is_of_content(tmp_path: Path) -> None:
     assert content_hash({"a": 1, "b": 2}) == content_hash(json.loads('{"b": 2, "a": 1}'))
     other.write_bytes(b"abd")
     assert len({content_hash(one), content_hash(other), content_hash("abc"), content_hash("ab", "c")}) == 4
+    assert content_hash(1, 23) != content_hash(12, 3)
 
 
 def test_hub_names_and_local_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,6 +216,16 @@ def test_adapters_get_the_gradients_of_eager(case: str) -> None:
     assert_same_training(model, rtol=1e-4, atol=1e-6)
 
 
+def test_rows_that_pad_the_vocabulary_are_left_out() -> None:
+    model = tiny_causal_lm("phi_with_bias")
+    model.config.unpadded_vocab_size = 50
+    weight, bias = run_at_head(
+        model, lambda _, head: (head.weight, head.bias), input_ids=torch.tensor([[1, 5, 9]]), use_cache=False
+    )
+    assert torch.equal(weight, model.lm_head.weight[:50])
+    assert torch.equal(bias, model.lm_head.bias[:50])
+
+
 @pytest.mark.parametrize("case", ["on_the_head", "head_trained_whole"])
 def test_disabled_adapters_are_left_out(case: str) -> None:
     model, batch = LORA[case](), make_batch()

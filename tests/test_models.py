@@ -66,6 +66,17 @@ def test_models_without_decoder_or_head_are_refused() -> None:
         decoder_layers(model)
 
 
+@pytest.mark.parametrize(("asked", "found"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_a_model_is_loaded_in_its_dtype_or_the_one_asked_for_and_does_not_train(
+    asked: str, found: torch.dtype, device: str | None, tmp_path: Path
+) -> None:
+    tiny_causal_lm("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    model = load_causal_lm(tmp_path, dtype=asked, device=device)
+    assert {parameter.dtype for parameter in model.parameters()} == {found}
+    assert not any(module.training for module in model.modules())
+
+
 def test_fingerprints_are_of_the_parameters(tmp_path: Path) -> None:
     model = tiny_causal_lm("llama")
     model.save_pretrained(tmp_path / "copy")
@@ -78,6 +89,9 @@ def test_fingerprints_are_of_the_parameters(tmp_path: Path) -> None:
     with torch.no_grad():
         model.lm_head.weight[-1, -1] = torch.nextafter(model.lm_head.weight[-1, -1], torch.tensor(9.0))
     assert model_fingerprint(model) != first
+    wide, long = torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(2, 3, bias=False)
+    long.weight = torch.nn.Parameter(wide.weight.detach().view(3, 2))
+    assert model_fingerprint(wide) != model_fingerprint(long)
 
 
 def test_the_base_is_known_in_a_wider_dtype_and_under_adapters() -> None:
@@ -85,6 +99,7 @@ def test_the_base_is_known_in_a_wider_dtype_and_under_adapters() -> None:
     base = base_fingerprint(model)
     model.float()
     assert base_fingerprint(model) == base != base_fingerprint(tiny_causal_lm("qwen2_tied"))
+    assert base_fingerprint(tiny_causal_lm("llama").double()) == base_fingerprint(tiny_causal_lm("llama"))
     before = model_fingerprint(model)
     peft = pytest.importorskip("peft")
     targets = {"target_modules": ["q_proj"], "modules_to_save": ["norm"], "init_lora_weights": False}

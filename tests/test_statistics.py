@@ -25,6 +25,15 @@ def test_alone_a_share_is_nearly_wilsons() -> None:
     assert (found.low, found.high) == pytest.approx((wilson.low, wilson.high), abs=2e-3)
 
 
+def test_a_share_of_few_has_students_quantile_in_wilsons_interval() -> None:
+    values = np.random.default_rng(0).beta(2, 3, 6)
+    found, mean = clustered_share(values, range(6)), values.mean()
+    n, square = mean * (1 - mean) / stats.sem(values) ** 2, stats.t.ppf(0.975, 5) ** 2
+    centre = (mean + square / (2 * n)) / (1 + square / n)
+    width = math.sqrt(square * mean * (1 - mean) / n + square**2 / (4 * n**2)) / (1 + square / n)
+    assert (found.low, found.high) == pytest.approx((centre - width, centre + width))
+
+
 def test_copies_of_an_observation_add_nothing() -> None:
     values = [1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0]
     once, thrice = clustered_share(values, range(7)), clustered_share(values * 3, list(range(7)) * 3)

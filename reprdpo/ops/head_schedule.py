@@ -63,11 +63,13 @@ def plan_head(
     budget = default_tile_bytes(hidden_ND.device) if max_tile_bytes is None else max_tile_bytes
     cost = tile_cost(kind, hidden_ND, head, entropy=entropy)
     any_grad = needs.hidden or needs.weight or needs.bias
-    least = cost.logits + cost.work + (cost.residual if any_grad else 0) + cost.upcast
-    if budget < least:
+    least = needed = _one_row(cost, any_grad=any_grad)
+    if kind == "native" and entropy and any_grad:  # an entropy's gradient is the reference's work
+        needed = max(least, _one_row(tile_cost("reference", hidden_ND, head, entropy=True), any_grad=True))
+    if budget < needed:
         raise ValueError(
             f"max_tile_bytes = {budget} is too small for one row of logits over a vocabulary of "
-            f"{head.weight.shape[0]}; give at least {least}"
+            f"{head.weight.shape[0]}; give at least {needed}"
         )
     upcast_bytes = 0
     if cost.upcast:
@@ -82,6 +84,10 @@ def plan_head(
     if (rows := _rows_beside_residual(cost, budget, num_rows)) is not None:
         return plan._replace(keep="residual", rows=rows)
     return plan
+
+
+def _one_row(cost: TileCost, *, any_grad: bool) -> int:
+    return cost.logits + cost.work + (cost.residual if any_grad else 0) + cost.upcast
 
 
 def _rows_beside_residual(cost: TileCost, budget: int, num_rows: int) -> int | None:

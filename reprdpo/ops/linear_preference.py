@@ -257,12 +257,12 @@ def _sequence_terms(
     )
 
 
-def _token_gradients(grad_S: Tensor, sequence_ids_N: Tensor, labels_N: Tensor, ignore_index: int) -> Tensor:
-    """Each scored token's sequence's gradient, 0 for tokens that are ignored or of no sequence."""
+def _token_gradients(grad_S: Tensor, sequence_ids_N: Tensor) -> Tensor:
+    """Each token's sequence's gradient, 0 for tokens of none; that of an ignored token is not looked at."""
     count = grad_S.shape[0]
-    inside_N = (labels_N != ignore_index) & (sequence_ids_N >= 0) & (sequence_ids_N < count)
+    inside_N = (sequence_ids_N >= 0) & (sequence_ids_N < count)
     if count == 0:
-        return grad_S.new_zeros(labels_N.shape[0])
+        return grad_S.new_zeros(sequence_ids_N.shape[0])
     return grad_S[sequence_ids_N.clamp(0, count - 1)].masked_fill_(~inside_N, 0)
 
 
@@ -345,7 +345,7 @@ def _linear_preference_loss(
         def slopes(logp_n: Tensor, sequence_ids_n: Tensor, labels_n: Tensor, pairs: slice) -> Tensor:
             terms = _sequence_terms(kind, logp_n, sequence_ids_n, labels_n, options.of(pairs), ignore_index)
             grad_s = _over_pairs(terms.slope, reduction, num_sequences)
-            return _token_gradients(grad_s, sequence_ids_n, labels_n, ignore_index)
+            return _token_gradients(grad_s, sequence_ids_n)
 
         tokens, gradients = pair_forward(
             *(kind, hidden, head, labels, scored_index, sequence_ids, num_sequences, slopes, plan, needs),
@@ -435,7 +435,7 @@ def _linear_preference_loss_backward(
     by_sequence = kind == "triton"
     return head_backward(
         kind,
-        grad_S if by_sequence else _token_gradients(grad_S, sequence_ids, labels, ignore_index),
+        grad_S if by_sequence else _token_gradients(grad_S, sequence_ids),
         None,
         hidden,
         Head(weight, bias, logit_scale, softcap, temperature),

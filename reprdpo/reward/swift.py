@@ -43,7 +43,7 @@ def fit_swift_head(states: Tensor, label_S: Tensor, *, penalty: float = 1.0) -> 
     rows = _joined(standardizer, states)
     span = Span(rows)
     features_SR = span.coordinates(rows)[0]
-    known, sign_S = label_S != 0, label_S.double()
+    sign_S = label_S.double()  # a label of 0 adds a constant to the misfit
     weight_R = features_SR.new_zeros(features_SR.shape[1], requires_grad=True)
     bias = features_SR.new_zeros((), requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -52,7 +52,7 @@ def fit_swift_head(states: Tensor, label_S: Tensor, *, penalty: float = 1.0) -> 
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        misfit = F.softplus(-sign_S * (features_SR @ weight_R + bias))[known].sum()
+        misfit = F.softplus(-sign_S * (features_SR @ weight_R + bias)).sum()
         total = misfit + penalty / 2 * weight_R.square().sum()
         total.backward()
         return total

@@ -227,7 +227,6 @@ def pick_tokens(logits_BV: Tensor, uniform_B: Tensor, config: SamplingConfig) ->
     if config.top_p < 1:
         descending_BV, order_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
         outside_BV = descending_BV.cumsum(-1) - descending_BV >= config.top_p
-        outside_BV[:, 0] = False
         probability_BV = probability_BV.masked_fill(outside_BV.scatter(1, order_BV, outside_BV), 0)
     cdf_BV = probability_BV.cumsum(-1, dtype=torch.float64)
     target_B1 = uniform_B[:, None] * cdf_BV[:, -1:]

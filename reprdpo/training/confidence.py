@@ -78,7 +78,6 @@ class RewardConfidence:
             states, index_S: of the forward that the loss is taken from, as :func:`reprdpo.ops.probe_confidence` takes
                 them; pooled [S, L, D] without index.
         """
-        detached = states.detach() if isinstance(states, Tensor) else [state.detach() for state in states]
         config, reward = self._config, self.reward
         options: dict[str, Any] = {
             "alpha": config.alpha_or(reward.alpha),
@@ -88,11 +87,11 @@ class RewardConfidence:
         }
         with torch.autocast(reward.probe_weight.device.type, enabled=False):
             if training and self._updater is not None:
-                scored = self._updater.accumulate(detached, index_S, **options)
+                scored = self._updater.accumulate(states, index_S, **options)
                 if last:
                     self._updater.apply()
             else:
-                scored = reward.score(detached, index_S, margin=config.reward_margin, **options)
+                scored = reward.score(states, index_S, margin=config.reward_margin, **options)
         chosen_P, rejected_P = scored.reward.chunk(2)
         if training:
             self._histogram.add(scored.confidence)

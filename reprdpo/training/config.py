@@ -61,7 +61,8 @@ class BaseConfig(TrainingArguments):
     def decisive_fields(self) -> set[str]:
         """Names of the settings that decide the course of training, so that a resumed run must keep them."""
         own = {f.name for f in fields(self)} - {f.name for f in fields(TrainingArguments)}
-        return own - _INDECISIVE | {"global_batch_size", "learning_rate", "optim", "seed", "train_sampling_strategy"}
+        theirs = {"data_seed", "global_batch_size", "learning_rate", "optim", "seed", "train_sampling_strategy"}
+        return own - _INDECISIVE | theirs
 
     def _check_fields(self) -> None:
         if self.remove_unused_columns:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from reprdpo import costs, files
 from reprdpo.errors import UserError
+from reprdpo.models import evaluating
 from reprdpo.training.config import OnlineDPOConfig
 from reprdpo.training.trainer import ReprDPOTrainer
 
@@ -100,13 +101,11 @@ class OnlineDPOTrainer(ReprDPOTrainer):
 
     def _draw(self, number: int) -> Dataset:
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        self.model.eval()
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with evaluating(self.model), torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(_stream(self.args.seed, number))
             with costs.part("sampling"):
                 drawn = self._resample(self.model, number)
             pairs = self._prepare(drawn, f"round {number}")
-        self.model.train()
         if pairs is None or len(pairs) == 0:
             raise UserError(f"round {number}: resampling gave no pairs; draw more responses or lower the smallest gap")
         return pairs

@@ -73,17 +73,15 @@ class BradleyTerryRewardModel(nn.Module):
     ) -> list[float]:
         """Rewards of tokenised rows (``input_ids``, ``response_start``), in their order."""
         device = self.head.weight.device
-        was_training = self.training
-        self.eval()
         collate = ResponseCollator(0)
         order: list[int] = []
         scores: list[Tensor] = []
         batches = length_grouped_batches([len(row["input_ids"]) for row in rows], batch_size)
-        for batch in tqdm(batches, desc="reward model", disable=not progress, leave=False, delay=1):
-            inputs = collate([rows[index] for index in batch])
-            scores.append(self(inputs["input_ids"].to(device), inputs["attention_mask"].to(device)))
-            order.extend(batch)
-        self.train(was_training)
+        with models.evaluating(self):
+            for batch in tqdm(batches, desc="reward model", disable=not progress, leave=False, delay=1):
+                inputs = collate([rows[index] for index in batch])
+                scores.append(self(inputs["input_ids"].to(device), inputs["attention_mask"].to(device)))
+                order.extend(batch)
         values = torch.cat(scores).cpu().tolist() if scores else []
         return [value for _, value in sorted(zip(order, values, strict=True))]
 

@@ -71,9 +71,10 @@ def test_a_wrong_result_of_ours_is_not_timed(wrong: Any) -> None:
     assert "p50_s" not in timer.extra_info
 
 
-def test_one_nan_among_several_results_is_wrong() -> None:
+@pytest.mark.parametrize("factors", [(float("nan"), 2.0), (2.0, float("nan"))])
+def test_one_nan_among_several_results_is_wrong(factors: tuple[float, float]) -> None:
     def run(value: Tensor) -> tuple[Tensor, Tensor]:
-        return value * float("nan"), 2 * value
+        return value * factors[0], value * factors[1]
 
     with pytest.raises(pytest.fail.Exception, match="error nan"):
         measured(run, oracle=lambda value: (2 * value.double(), 2 * value.double()))

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.report.__main__ import ROOT, main
 from benchmarks.report.readme import BEGIN, END
+from benchmarks.report.record import read, series
 
 Write = Any
 
@@ -390,6 +391,14 @@ def test_the_page_holds_its_plots_and_the_record(tmp_path: Path, write: Write) -
     for svg in svgs:
         ET.fromstring("<svg" + svg[: svg.index("</svg>") + len("</svg>")])
     assert not re.search(r"src=|<link|@import", text)  # it needs no other file
+
+
+def test_the_record_has_no_time_of_a_commit_with_a_red_row_of_ours(tmp_path: Path, write: Write) -> None:
+    write("epyc/green.json", result(row(), unmeasured("red", "rounded", name="test_op[eager]"), commit="green"))
+    rows = row(), unmeasured("red", "wrong result", name="test_op[native, bfloat16]")
+    write("epyc/red.json", result(*rows, commit="red", datetime="2026-02-03T00:00:00"))
+    (line,) = series(read(tmp_path)["epyc"])
+    assert (line.commits, line.seconds, line.floor_share) == (["green", "red"], [0.002, None], [0.5, None])
 
 
 def test_a_page_of_an_unfinished_run_with_nothing_measured(tmp_path: Path, write: Write) -> None:

@@ -279,16 +279,16 @@ def test_reward_bench_pairs_have_their_subset_and_id(tmp_path: Path, caplog: pyt
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_whole_chats_are_split_where_they_part(tmp_path: Path, names: tuple[str, str], suffix: str) -> None:
     row = without(ULTRA, "score_chosen", "score_rejected") | dict(zip(names, (8.5, 4.0), strict=True))
-    tied = row | dict(zip(names, (5.0, 5.0), strict=True))
+    tied, reversed_ = (row | dict(zip(names, scores, strict=True)) for scores in ((5.0, 5.0), (1.0, 9.0)))
     path = tmp_path / f"a{suffix}"
     if suffix == ".parquet":
-        datasets.Dataset.from_list([row, tied]).to_parquet(path)
+        datasets.Dataset.from_list([row, tied, reversed_]).to_parquet(path)
     else:
-        write(path, row, tied)
+        write(path, row, tied, reversed_)
     found = load_preferences(path)
-    assert found["prompt"] == [ASKED, ASKED]
+    assert found["prompt"] == [ASKED] * 3
     assert found["chosen"][0] == [{"role": "assistant", "content": "The bowline."}]
-    assert (found["chosen_score"], found["rejected_score"]) == ([8.5, 5.0], [4.0, 5.0])
+    assert (found["chosen_score"], found["rejected_score"]) == ([8.5, 5.0, 1.0], [4.0, 5.0, 9.0])
     assert load_preferences(f"{path}?min_gap=0.5")["chosen_score"] == [8.5]
 
 

@@ -85,6 +85,8 @@ def test_bos_and_eos_stand_once(adds: str) -> None:
         assert ids[-1] == EOS
         assert ids.count(BOS) == (adds != "none" or prompt.startswith("<s>"))
         assert ids[start:] == [*ids_of(tokenizer, *"yes"), EOS]
+    ids, start = tokenize_response(tokenizer, "hi", "", TokenizeConfig())
+    assert ids[start:] == [EOS]
     assert EOS not in tokenize_prompt(tokenizer, "hi", TokenizeConfig())
 
 
@@ -116,6 +118,8 @@ def test_truncation_rules(characters: Any) -> None:
     assert cut(characters, "01234", "xy", max_length=20, max_prompt_length=3) == ("<s>34", "xy")
     assert cut(characters, "01234", "xy", max_length=20, max_prompt_length=1) == ("4", "xy")
     assert cut(characters, "01234", "xy", "keep_start", max_length=20, max_prompt_length=1) == ("<s>", "xy")
+    # An EOS that the tokenizer puts behind the prompt belongs to the response, and is not cut with the prompt.
+    assert cut(character_tokenizer("both"), "0123456789", "", "keep_start", max_length=10) == ("<s>01234567", "")
     # A long response after a short prompt.
     assert cut(characters, "0", "tuvwxyz", "error", max_length=6) == ("<s>0", "tuv")
 
@@ -193,7 +197,7 @@ ROWS = [
     {"prompt": "p", "chosen": "yes", "rejected": "no", "chosen_is_safe": True},
     {"prompt": "0123456789", "chosen": "yes", "rejected": "no", "chosen_is_safe": None},
     {"prompt": "q", "chosen": "0123456789x", "rejected": "0123456789y", "chosen_is_safe": False},
-    {"prompt": "p", "chosen": "no", "rejected": "yes", "chosen_is_safe": None},
+    {"prompt": "p", "chosen": "no", "rejected": "yes", "chosen_is_safe": False},
 ]
 
 
@@ -204,7 +208,7 @@ def test_data_sets_keep_the_ids_and_labels_of_their_rows(characters: Any, caplog
         found = tokenize_preferences(dataset, characters, config, where="shop")
     assert found["pair_id"] == [0, 3], "row 1 has a long prompt, row 2 is the same tokens twice once cut"
     assert found["prompt_id"] == [0, 0]
-    assert found["chosen_is_safe"] == [True, None]
+    assert found["chosen_is_safe"] == [True, False]
     assert "shop: left out 1 of 4 rows with a prompt over its limit" in caplog.text
     assert "shop: left out 1 of 4 rows whose chosen and rejected are the same tokens" in caplog.text
     pair = tokenize_pair(characters, "p", "no", "yes", config)

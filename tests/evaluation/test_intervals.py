@@ -175,6 +175,22 @@ class TestScores:
         assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
         assert (found.n, found.unparsed) == (40, 0)
 
+    def test_several_seeds_are_the_two_way_table_of_the_textbook(self):
+        """Var(mean) = (MS_prompt + MS_seed - MS_error) / (S P), the mean squares from plain sums of squares."""
+        seeds, prompts = 4, 15
+        rng = np.random.default_rng(1)
+        table = rng.normal(size=(seeds, prompts)) + rng.normal(size=prompts) + 0.5 * np.arange(seeds)[:, None]
+        whole = table.sum() ** 2 / table.size
+        by_prompt = (table.sum(0) ** 2).sum() / seeds - whole
+        by_seed = (table.sum(1) ** 2).sum() / prompts - whole
+        error = ((table**2).sum() - whole - by_prompt - by_seed) / ((seeds - 1) * (prompts - 1))
+        parts = by_prompt / (prompts - 1) / table.size, (by_seed / (seeds - 1) - error) / table.size
+        assert parts[1] > 0
+        freedom = sum(parts) ** 2 / (parts[0] ** 2 / (prompts - 1) + parts[1] ** 2 / (seeds - 1))
+        low, high = stats.t.interval(0.95, freedom, table.mean(), math.sqrt(sum(parts)))
+        found = score_over_seeds(table.tolist())
+        assert (found.low, found.high) == pytest.approx((low, high))
+
     def test_comparison_is_the_paired_t_test(self):
         rng = np.random.default_rng(0)
         one, other = rng.normal(size=30) * 9, rng.normal(size=30) * 9

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_judges import guard
+from tiny_judges import guard, random_classifier
 
 from reprdpo.errors import UserError
 from reprdpo.evaluation import KeywordRefusalJudge, judge_responses
@@ -110,8 +110,27 @@ def test_a_judge_is_known_by_its_content(tmp_path):
     other = guard(tmp_path / "c", "llama-guard-2", sharpness=2e-3)
     prints = [build_judge(f"llama-guard-2:{folder}").fingerprint() for folder in (first, same, other)]
     assert prints[0] == prints[1] != prints[2]
-    assert build_judge(f"llama-guard-2:{first}?threshold=0.7").fingerprint() != prints[0]
     assert build_judge(f"llama-guard-2:{first}?batch_size=1").fingerprint() == prints[0]
+
+
+def test_a_judge_is_known_by_every_setting_that_may_change_its_word(tmp_path):
+    """How long a text it reads whole is one."""
+    lm = guard(tmp_path / "guard", "llama-guard-2")
+    classifier = random_classifier(tmp_path / "classifier", "deberta", labels=["fine", "harmful"])
+    template = tmp_path / "mine.json"
+    content = {"format": "reprdpo-judge-1", "prompt": "{prompt}{response}", "reply": "(?P<unsafe>.)"}
+    template.write_text(json.dumps(content | {"verdicts": {"unsafe": {"1": True, "0": False}}}))
+    for specs in (
+        [f"llama-guard-2:{lm}{options}" for options in ("", "?threshold=0.7", "?threshold=0.6", "?max_length=2000")],
+        [f"instruct:{name}@{lm}{options}" for name, options in ((template, ""), (template, "?max_length=2000"))],
+        [f"openai:safety@http://here#{options}" for options in ("m", "n", "m?max_characters=100")],
+        [f"openai:{name}@http://here#m" for name in ("safety", template)],
+        [
+            f"reward-model:{classifier}?label={options}"
+            for options in ("fine", "harmful", "fine&unsafe_below=0.5", "fine&unsafe_below=0.4", "fine&max_length=99")
+        ],
+    ):
+        assert len({build_judge(spec).fingerprint() for spec in specs}) == len(specs), specs[0]
 
 
 def test_what_is_cached_needs_no_weights(tmp_path):

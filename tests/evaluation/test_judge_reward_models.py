@@ -66,9 +66,10 @@ def test_a_threshold_gives_a_verdict(deberta):
 
 def test_one_label_of_several(tmp_path):
     folder = random_classifier(tmp_path, "deberta", labels=["fine", "harmful"])
-    judge = build_judge(f"reward-model:{folder}?label=harmful")
-    (word,) = judge.judge(["q"], ["r"])
-    assert word.score == pytest.approx(float(alone(judge, judge.tokens("q", "r")).softmax(-1)[1]), rel=1e-4)
+    for number, label in enumerate(("fine", "harmful")):
+        judge = build_judge(f"reward-model:{folder}?label={label}")
+        (word,) = judge.judge(["q"], ["r"])
+        assert word.score == pytest.approx(float(alone(judge, judge.tokens("q", "r")).softmax(-1)[number]), rel=1e-4)
     with pytest.raises(UserError, match=r"2 labels \(fine, harmful\)"):
         build_judge(f"reward-model:{folder}")
     with pytest.raises(UserError, match=r"no label 'toxic'; it has fine, harmful"):

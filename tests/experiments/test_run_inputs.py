@@ -64,6 +64,23 @@ def test_published_files_are_inputs_as_they_stand(pku: Path, xstest: Path) -> No
     assert set(found.prompts["prompt"]) == set(found.preferences["prompt"])
 
 
+def test_what_is_asked_at_the_end_was_in_nothing_before(tmp_path: Path) -> None:
+    """Two pairs a prompt, the prompts' order and the rows' another time another one."""
+    rows = [{"prompt": f"Question {n % 40}?", "chosen": f" Yes {n}.", "rejected": " No."} for n in range(80)]
+    split = []
+    for order in (rows, rows[::-1]):
+        path = tmp_path / "pairs.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in order))
+        found = read_inputs(config(str(path)))
+        kept, held = set(found.preferences["prompt"]), set(found.held_out["prompt"])
+        assert (len(kept) + len(held), kept & held) == (40, set())
+        assert len(found.preferences) == 2 * len(kept)
+        assert set(found.prompts["prompt"]) == set(found.demonstrations["prompt"]) == kept
+        assert set(found.red_team["prompt"]) == set(found.benign["prompt"]) == held
+        split.append(held)
+    assert split[0] == split[1]
+
+
 def test_prompts_of_another_kind_than_the_preferences_are_refused(pku: Path, xstest: Path) -> None:
     message = r"evaluate\.prompts: its prompts are plain where the preferences are chat; write \?turns=chat after"
     with pytest.raises(UserError, match=message):

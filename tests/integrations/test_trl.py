@@ -216,6 +216,40 @@ def test_with_a_reward_policy_and_reward_follow_the_formulas(
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
 
 
+def test_the_state_is_read_at_the_responses_own_last_eos_or_its_last_token(
+    make_config: Make, make_reward: Make, model_dir: str, pairs: Dataset
+) -> None:
+    """Of responses cut before their EOS, whose prompt has one, too."""
+    trainer = RepresentationDPOTrainer(
+        model=model_dir, args=make_config(trl.DPOConfig), train_dataset=pairs, reward=make_reward()
+    )
+    eos = trainer.processing_class.eos_token_id
+    rows = [[5, eos, 6, 7, 0], [5, eos, 6, eos, 7], [5, eos, eos, 7, eos]]
+    inputs = {
+        "input_ids": torch.tensor(rows),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 0], [1] * 5, [1] * 5]),
+        "completion_mask": torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 1, 1, 1]]),
+    }
+    assert trainer._last_read(inputs, torch.arange(5)).tolist() == [3, 3, 4]
+
+
+def test_cached_reference_log_probs_are_named_by_rounding_and_lengths_too(
+    make_config: Make, model_dir: str, pairs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = []
+
+    def precompute(self: Any, dataset: Dataset, *_: Any) -> Dataset:
+        names.append(self._precompute_model_hash)
+        return dataset
+
+    monkeypatch.setattr(trl.DPOTrainer, "_precompute_ref_logps", precompute)
+    for settings in ({}, {}, {"bf16": True}, {"max_length": 6}):
+        config = make_config(trl.DPOConfig, precompute_ref_log_probs=True, **settings)
+        RepresentationDPOTrainer(args=config, model=reference(model_dir), train_dataset=pairs)
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+
+
 def test_accumulating_equals_the_larger_batch(
     make_config: Make, make_reward: Make, model_dir: str, pairs: Dataset
 ) -> None:

@@ -9,7 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reprdpo.ops import linear_logprob, linear_preference_loss, use_backend
+from reprdpo.ops.head_schedule import plan_head
+from reprdpo.ops.head_tiles import Needs, tile_cost
 from reprdpo.ops.pair_schedule import pair_groups
+from reprdpo.ops.reference import Head
 
 D, V = 48, 640
 IGNORED = -100
@@ -47,7 +50,7 @@ def row_bytes(dtype):
     ("budget_rows", "frozen", "no_grad", "count"),
     [
         *((None, False, False, 3), (None, True, False, 2), (None, False, True, 1)),
-        *((40, False, False, 4), (40, True, False, 2), (40, False, True, 1)),
+        *((40, False, False, 4), (40, True, False, 2), (40, False, True, 1), (40, True, True, 1)),
     ],
 )
 def test_matmuls_of_linear_logprob(budget_rows, frozen, no_grad, count):
@@ -203,6 +206,36 @@ def test_a_second_derivative_is_refused(rows):
     (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(NotImplementedError, match="linear_preference_loss has no second derivative"):
         grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["reference", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_plan_keeps_to_its_budget(kind, dtype, trained):
+    """From the smallest one, which is told, on; what is alive at once is counted as TileCost says."""
+    rows, hidden = 300, torch.empty(300, D, dtype=dtype)
+    head = Head(torch.empty(V, D, dtype=dtype), None, 1.0, None, 1.0)
+    needs, cost = Needs(trained, trained, False), tile_cost(kind, hidden, head, entropy=True)
+
+    def plan(budget):
+        return plan_head(kind, hidden, head, rows, needs, entropy=True, max_tile_bytes=budget)
+
+    with pytest.raises(ValueError, match="give at least") as told:
+        plan(1)
+    least = int(str(told.value).rsplit(" ", 1)[1])
+    with pytest.raises(ValueError, match=f"give at least {least}"):
+        plan(least - 1)
+    kept = set()
+    for budget in [least, least + 1, *(round(least * 1.2**power) for power in range(50))]:
+        found = plan(budget)
+        whole = rows * cost.residual if found.keep == "residual" else 0
+        n = found.residual_rows if trained and found.keep == "nothing" else min(found.rows, rows)
+        own = cost.residual if trained and not whole else 0
+        alive = whole + found.upcast_bytes + n * (cost.logits + own) + min(n, cost.work_rows) * cost.work
+        assert n >= 1
+        assert alive <= budget
+        kept.add(found.keep)
+    assert kept == ({"nothing", "residual"} if trained else {"nothing"})
 
 
 def test_pairs_share_tiles_as_far_as_they_fit():

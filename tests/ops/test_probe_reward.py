@@ -519,6 +519,7 @@ UNLIKE = [torch.zeros(4, 5, 6), torch.zeros(4, 5, 6), torch.zeros(4, 4, 6)]
         ({"hidden_states": [*make_hidden(2), None]}, TypeError, r"hidden_states\[2\] must be a tensor"),
         ({"hidden_states": [torch.zeros(3, 4, 5, 6)]}, ValueError, r"must be \[B, T, D\] or packed"),
         ({"index": torch.zeros(4)}, TypeError, "index must be an integer tensor"),
+        ({"hidden_states": [h.long() for h in make_hidden()]}, TypeError, r"hidden_states\[0\] must be float32"),
     ],
 )
 def test_refuses(backend, changes, error, words):

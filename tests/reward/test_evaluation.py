@@ -11,8 +11,9 @@ from sklearn.metrics import roc_auc_score
 
 from reprdpo.errors import UserError
 from reprdpo.reward import RewardFitConfig, fit_parameters
-from reprdpo.reward.calibration import calibration, ece_noise
-from reprdpo.reward.evaluation import METHODS, _auc, evaluate_rewards
+from reprdpo.reward.calibration import calibrated_alpha, calibration, ece_noise
+from reprdpo.reward.evaluation import METHODS, _auc, _best_layer, _score, evaluate_rewards
+from reprdpo.reward.fit import fit_probes
 from reprdpo.reward.folds import grouped_folds
 from reprdpo.reward.states_file import read_states
 from reprdpo.reward.swift import fit_swift_head
@@ -81,6 +82,31 @@ def test_without_signal_nothing_is_found() -> None:
         assert found.methods[name].accuracy.value == pytest.approx(0.5, abs=0.1), name
         assert found.methods[name].auc.value == pytest.approx(0.5, abs=0.1), name
     assert found.methods["oracle_pair"].accuracy.value > 0.8
+
+
+def test_the_best_layer_is_best_on_pairs_that_were_held_out() -> None:
+    """The first layer's features are enough to memorise noise, the second one's few tell most pairs apart."""
+    features = torch.randn(2, 60, 80, dtype=torch.float64)
+    features[1, :, 1:] = 0
+    label = torch.cat([torch.ones(30), -torch.ones(30)])
+    features[1, :, 0] += label
+    config = RewardFitConfig(C=100.0)
+    probes = fit_probes(features, label, list(range(30)), config)
+    score = (probes.coef[:, None] @ features.mT)[:, 0] + probes.intercept[:, None]
+    assert ((score[:, :30] - score[:, 30:]) > 0).double().mean(1).argmax() == 0
+    assert _best_layer(features, label, list(range(30)), config) == 1
+
+
+def test_a_folds_alpha_comes_from_the_other_folds() -> None:
+    score = torch.randn(12, 2, dtype=torch.float64) + torch.tensor([0.7, 0.0])
+    split = grouped_folds(range(12), 3, 0)
+    found = _score("gated", score, list(range(12)), split, RewardFitConfig(folds=3))
+    gap = score[:, 0] - score[:, 1]
+    kept = [torch.tensor([row for row in range(12) if row not in held.tolist()]) for held in split]
+    alphas = [calibrated_alpha(gap[rows]) for rows in kept]
+    nll = sum(torch.nn.functional.softplus(-a * gap[held]).sum() for a, held in zip(alphas, split, strict=True)) / 12
+    assert found.calibration.alpha == pytest.approx(np.mean(alphas))
+    assert found.calibration.nll == pytest.approx(nll.item())
 
 
 def test_auc_is_sklearns_within_each_fold() -> None:

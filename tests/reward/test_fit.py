@@ -10,9 +10,10 @@ from torch import Tensor
 
 from reprdpo import ops
 from reprdpo.errors import UserError
-from reprdpo.reward import HybridReward, RewardFitConfig, fit_from_states, fit_parameters
+from reprdpo.reward import HybridReward, RewardFitConfig, fit, fit_from_states, fit_parameters
+from reprdpo.reward.calibration import calibrated_alpha, calibration
 from reprdpo.reward.features import Span, Standardizer
-from reprdpo.reward.fit import RewardParameters, _nll
+from reprdpo.reward.fit import RewardParameters, _nll, fit_probes, fit_stages, stage1_labels
 
 
 def make_states(P: int = 60, L: int = 3, D: int = 12, signal: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -123,6 +124,45 @@ def test_groups_keep_copies_together() -> None:
     assert (leaking.num_groups, grouped.num_groups) == (80, 20)
 
 
+def test_c_is_chosen_with_the_sides_of_a_pair_in_one_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict = {}
+    monkeypatch.setattr(fit, "fit_linear_svm", lambda features, labels, **options: given.update(options))
+    labels = torch.tensor([1.0, 1.0, 0.0, -1.0, 0.0, -1.0])  # two sequences without a label
+    fit_probes(torch.randn(2, 6, 4), labels, ["a", "b", "b"], RewardFitConfig(C=[0.1, 1.0], folds=2, seed=3))
+    assert given == {"C": [0.1, 1.0], "groups": ["a", "b", "a", "b"], "folds": 2, "seed": 3}
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_alpha_and_the_calibration_are_of_the_held_out_gaps_in_use(
+    monkeypatch: pytest.MonkeyPatch, squash: bool
+) -> None:
+    gap = torch.randn(12, 2, dtype=torch.float64) + 0.9
+    monkeypatch.setattr(fit, "_cross_validate", lambda *_: (torch.zeros(12, 3, dtype=torch.float64), gap))
+    _, report = fit_parameters(*make_states(P=12), RewardFitConfig(squash=squash))
+    used = gap[:, int(squash)]
+    assert report.alpha == calibrated_alpha(used)
+    assert report.calibration == calibration(used, report.alpha)
+    assert report.gated_accuracy == (gap[:, 0] > 0).double().mean().item()
+    assert report.held_out_nll == pytest.approx(torch.nn.functional.softplus(1 - gap[:, 0]).mean().item())
+
+
+@pytest.mark.parametrize("gate", ["softmax", "static", "vote"])
+@pytest.mark.parametrize("D", [12, 150])
+def test_folded_parameters_score_raw_states_as_the_fit_did(gate: str, D: int) -> None:
+    states = torch.cat(make_states(D=D))
+    labels = torch.cat([torch.ones(60), -torch.ones(60)])
+    fitted, _ = fit_stages(states, labels, list(range(60)), RewardFitConfig(gate=gate))  # type: ignore[arg-type]
+    found = ops.probe_reward(states, None, *fitted.parameters(), gate=gate).reward  # type: ignore[arg-type]
+    torch.testing.assert_close(found.double(), fitted.reward(fitted.features(states)), rtol=1e-3, atol=1e-3)
+
+
+def test_stage_two_is_pulled_toward_stage_one() -> None:
+    states, labels = torch.cat(make_states()), torch.cat([torch.ones(60), -torch.ones(60)])
+    fitted, _ = fit_stages(states, labels, list(range(60)), RewardFitConfig(regularisation=1e6))
+    assert fitted.probes.probe_weight.abs().max() > 1
+    torch.testing.assert_close(fitted.reduced, fitted.probes, rtol=0, atol=1e-4)
+
+
 def test_deterministic_and_seeded() -> None:
     states = make_states()
     (first, a), (again, b), (_, c) = (fit_parameters(*states, RewardFitConfig(seed=seed)) for seed in (0, 0, 1))
@@ -170,6 +210,8 @@ def test_safety_labels_steer_stage_one() -> None:
     _, turned = fit_parameters(chosen, rejected, chosen_is_safe=[False] * 60, rejected_is_safe=[True] * 60)
     assert plain.layer_accuracy[1] > 0.9
     assert turned.layer_accuracy[1] < 0.1
+    assert stage1_labels(2, [True, None], [None, False]).tolist() == [1, 0, 0, -1]
+    assert stage1_labels(2, None, None).tolist() == [1, 1, -1, -1]
     some = [None if i % 2 else True for i in range(60)]
     assert fit_parameters(chosen, rejected, chosen_is_safe=some)[1].layer_accuracy[1] > 0.8
 

@@ -30,7 +30,7 @@ def test_rows_are_as_if_alone(
 
 
 def test_pairs_from_a_dataset(make_model: Callable[..., Any], sequences: list[list[int]]) -> None:
-    model = make_model().train()
+    model = make_model("gpt2").train()  # which has dropout
     rows = Dataset.from_dict({"chosen_input_ids": sequences, "rejected_input_ids": sequences[::-1]})
     chosen, rejected = extract_pair_states(model, rows, pad_token_id=0, batch_size=4, progress=False)
     assert chosen.shape == (7, 3, 16)

@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from reprdpo.errors import UserError
 from reprdpo.sampling import SamplingConfig, TransformersEngine
-from reprdpo.sampling.best_of_n import best_of_n, read_samples, sample_responses
+from reprdpo.sampling.best_of_n import best_of_n, rank_responses, read_samples, sample_responses
 
 ROWS = [
     {"prompt": text, "category": "S1" if number % 2 else None, "harmful": bool(number % 2)}
@@ -91,6 +91,17 @@ def test_a_stopped_run_goes_on_and_ends_the_same(engine, tmp_path, lives):
     assert path.read_bytes() == whole
 
 
+def test_a_batch_of_which_some_is_missing_is_drawn_whole(engine, tmp_path):
+    """In another shape the same response could round to another token."""
+    path = run(engine, tmp_path / "samples.jsonl")
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:4] + lines[5:]))
+    again = CountingEngine(engine)
+    assert run(again, path).read_bytes() == whole
+    assert again.asked == CONFIG.prompts_per_batch(2) == 3
+
+
 def test_every_torn_end_is_mended(engine, tmp_path):
     whole = run(engine, tmp_path / "whole.jsonl").read_bytes()
     path = tmp_path / "torn.jsonl"
@@ -160,6 +171,43 @@ def test_a_reward_that_is_not_finite_is_null(engine, tmp_path):
     (record,) = read_samples(path)
     assert [response["reward"] for response in record["responses"]] == [None, 1.0]
     assert best_of_n(record) == record["responses"][1]
+
+
+def test_drawn_responses_are_ranked_anew(engine, tmp_path):
+    source = run(engine, tmp_path / "samples.jsonl")
+    asked = []
+
+    def score(prompts, responses):
+        asked.extend(zip(prompts, responses, strict=True))
+        return [-float(len(prompt) + len(response)) for prompt, response in zip(prompts, responses, strict=True)]
+
+    path = tmp_path / "ranked.jsonl"
+    options = {"key": "minus", "prompts_at_once": 3, "progress": False}
+    rank_responses(source, path, score, **options)
+    whole, drawn = path.read_bytes(), read_samples(source)
+    for record, before in zip(read_samples(path), drawn, strict=True):
+        assert [answer["text"] for answer in record["responses"]] == [answer["text"] for answer in before["responses"]]
+        for answer in record["responses"]:
+            assert answer["reward"] == -len(record["prompt"]) - len(answer["text"])
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:4]) + b'{"torn')
+    asked.clear()
+    assert rank_responses(source, path, score, **options).read_bytes() == whole
+    assert len(asked) == 2 * (len(ROWS) - 3)
+    first = read_samples(rank_responses(source, tmp_path / "first.jsonl", score, first=1, **options))
+    assert [record["responses"] for record in first] == [record["responses"][:1] for record in read_samples(path)]
+
+
+def test_a_ranking_of_other_responses_or_by_another_reward_is_refused(engine, tmp_path):
+    source, path = run(engine, tmp_path / "samples.jsonl"), tmp_path / "ranked.jsonl"
+    rank_responses(source, path, length_score, key="length", progress=False)
+    for changed in ({"key": "other"}, {"key": "length", "first": 1}):
+        with pytest.raises(UserError, match="another 'key'"):
+            rank_responses(source, path, length_score, progress=False, **changed)
+    other = run(engine, tmp_path / "others.jsonl", dataclasses.replace(CONFIG, seed=1))
+    with pytest.raises(UserError, match="another configuration"):
+        rank_responses(other, path, length_score, key="length", progress=False)
+    with pytest.raises(UserError, match="fewer than 3 responses"):
+        rank_responses(source, tmp_path / "more.jsonl", length_score, key="length", first=3, progress=False)
 
 
 def test_best_of_n():

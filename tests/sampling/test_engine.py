@@ -1,4 +1,6 @@
+import collections
 import dataclasses
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -142,6 +144,16 @@ def test_sliding_window_layers(make_model, tokenizer):
         assert batched[number][0].text.rstrip("\ufffd") == text.rstrip("\ufffd")
 
 
+def test_learned_positions_do_not_count_the_padding(tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    size = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    torch.manual_seed(0)
+    engine = TransformersEngine(GPT2LMHeadModel(GPT2Config(initializer_range=0.5, **size, **ids)).eval(), tokenizer)
+    assert drawn(engine) == drawn(engine, config=dataclasses.replace(CONFIG, batch_size=1))
+
+
 def test_chat_prompts_go_through_the_template(engine, tokenizer):
     chat = [[{"role": "user", "content": "hi"}]]
     with pytest.raises(UserError, match="chat template"):
@@ -194,9 +206,28 @@ def test_bad_settings_are_refused(change):
         SamplingConfig(**change)
 
 
-def test_fingerprint_names_weights(make_model, tokenizer):
+def test_fingerprint_names_weights_and_vocabulary(make_model, tokenizer):
     one, same, other = (TransformersEngine(make_model(seed), tokenizer).fingerprint() for seed in (0, 0, 1))
     assert one == same != other
+    larger = deepcopy(tokenizer)
+    larger.add_tokens(["new"])
+    assert TransformersEngine(make_model(0), larger).fingerprint() != one
+
+
+def test_a_token_that_the_generation_configuration_ends_with_ends_and_is_no_text(make_model, tokenizer):
+    """An ordinary one, the commonest in what the same streams give without it."""
+    model = make_model()
+    whole = [
+        response.text for responses in drawn(TransformersEngine(model, tokenizer)).values() for response in responses
+    ]
+    letters = collections.Counter(letter for text in whole for letter in text if letter.isascii())
+    end, _ = letters.most_common(1)[0]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *tokenizer(end)["input_ids"]]
+    found = [response for responses in drawn(TransformersEngine(model, tokenizer)).values() for response in responses]
+    assert any(end in text for text in whole)
+    for response, text in zip(found, whole, strict=True):
+        if end in text:
+            assert response == (text.split(end)[0], False)
 
 
 class TestPickTokens:
@@ -225,6 +256,11 @@ class TestPickTokens:
         # softmax is .567 .208 .126 0 .077
         self.close(self.frequencies(SamplingConfig(top_p=0.7)), torch.tensor([2.0, 1.0] + [-np.inf] * 3).softmax(-1))
         self.close(self.frequencies(SamplingConfig(top_p=1e-6)), torch.tensor([1.0, 0, 0, 0, 0]))
+
+    def test_top_p_is_the_smallest_set_that_holds_as_much(self):
+        uniform_B = (torch.arange(8, dtype=torch.float64) + 0.5) / 8
+        picked_B = pick_tokens(torch.zeros(8, 4), uniform_B, SamplingConfig(top_p=0.5))  # each has a quarter
+        assert picked_B.tolist() == [0] * 4 + [1] * 4
 
     def test_ends_of_the_distribution(self):
         logits_BV = torch.tensor([[-np.inf, 0.0, 0.0, -np.inf]]).expand(2, -1)

@@ -49,6 +49,13 @@ def test_gap(tmp_path):
     assert report.n_prompts_with_pairs == 1
 
 
+def test_the_first_alone_take_part_in_the_order_they_were_drawn_in(tmp_path):
+    source = samples(tmp_path, [("a", 1.0), ("b", 2.0), ("c", 1.0), ("best", 9.0), ("worst", -9.0)])
+    report = build_pairs(source, tmp_path / "pairs.jsonl", top_k=2, bottom_k=2, first=3)
+    assert pairs(tmp_path / "pairs.jsonl") == [("b", "a"), ("b", "c")]  # a and c are equal, a was drawn before c
+    assert (report.n_responses, report.skipped) == (3, {"gap_too_small": 1})
+
+
 def test_what_takes_no_part(tmp_path):
     source = samples(
         tmp_path,

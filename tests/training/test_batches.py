@@ -115,6 +115,17 @@ def test_a_token_budget_changes_no_training(
         assert other == pytest.approx(one, abs=1e-4)
 
 
+def test_the_order_of_the_data_hangs_on_the_runs_seed(make_model: Make, make_config: Make, pairs: Dataset) -> None:
+    def order(**seeds: int) -> list[int]:
+        config = make_config(confidence_source="fixed", **seeds)
+        loader = ReprDPOTrainer(make_model(), config, train_dataset=pairs).get_train_dataloader()
+        return [pair for (batch,) in loader for pair in batch["pair_id"].tolist()]
+
+    one = order(seed=1)
+    assert order(seed=1) == one == order(seed=2, data_seed=1)
+    assert len({tuple(each) for each in (one, order(seed=2), order(seed=1, data_seed=3))}) == 3
+
+
 @pytest.mark.parametrize("replicas", [1, 2, 3, 8])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_evaluation_counts_every_row_once(replicas: int, batch_size: int) -> None:

@@ -1,11 +1,15 @@
-"""Nested state survives a round trip exactly; torn checkpoints are passed over."""
+"""Nested state survives a round trip exactly; torn checkpoints are passed over, those of another course refused."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from reprdpo.errors import UserError
+from reprdpo.training import ReprDPOTrainer
 from reprdpo.training.checkpoint import last_checkpoint, load_state, save_state
 
 
@@ -42,3 +46,25 @@ def test_last_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:
         if state is not None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_a_run_of_another_course_is_not_gone_on_with(
+    make_model: Callable[..., Any], make_config: Callable[..., Any], pairs: Dataset
+) -> None:
+    def trainer(**changed: Any) -> ReprDPOTrainer:
+        settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "confidence_source": "fixed", **changed}
+        return ReprDPOTrainer(make_model(), make_config(**settings), train_dataset=pairs)
+
+    trainer(gradient_accumulation_steps=2).train()
+    for name, changed in (
+        ("seed", {"seed": 1, "data_seed": 42}),
+        ("data_seed", {"data_seed": 1}),
+        ("learning_rate", {"learning_rate": 0.5}),
+        ("optim", {"optim": "sgd"}),
+        ("train_sampling_strategy", {"train_sampling_strategy": "sequential"}),
+        ("global_batch_size", {"gradient_accumulation_steps": 1}),
+    ):
+        with pytest.raises(UserError, match=f"was trained with {name} "):
+            trainer(**{"gradient_accumulation_steps": 2, **changed}).train(resume_from_checkpoint=True)
+    same = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_tokens_per_device": 100}
+    trainer(**same, max_steps=2).train(resume_from_checkpoint=True)

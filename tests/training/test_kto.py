@@ -26,8 +26,11 @@ def logps(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return (token * (labels != -100)).sum(1)
 
 
-@pytest.mark.parametrize("z", [0.0, 0.7])
-def test_the_loss_is_the_formula_and_the_next_baseline_the_mean_log_ratio(tmp_path: Path, z: float) -> None:
+@pytest.mark.parametrize(("z", "nearer"), [(0.0, 0.0), (0.7, 0.0), (0.7, 5.0)])
+def test_the_loss_is_the_formula_and_the_next_baseline_the_mean_log_ratio(
+    tmp_path: Path, z: float, nearer: float
+) -> None:
+    """The last reference is likelier than the policy: the baseline stays at 0."""
     trainer = make_trainer(tmp_path)
     (batch,) = next(iter(trainer.get_train_dataloader()))
     model, kto = trainer.model, trainer._kto
@@ -36,6 +39,7 @@ def test_the_loss_is_the_formula_and_the_next_baseline_the_mean_log_ratio(tmp_pa
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     kto.z = torch.tensor(z)
+    batch |= {name: batch[name] + nearer for name in ("ref_chosen_logps", "ref_rejected_logps")}
     reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
     ratio = logps(model, batch).detach() - reference
     a, b = ratio.chunk(2)

@@ -81,6 +81,22 @@ def test_a_resumed_run_is_the_same_bit_for_bit(saved: Path, tmp_path: Path) -> N
         trainer_of(load_causal_lm(saved), tmp_path, **settings | {"lora_r": 8}).train(resume_from_checkpoint=True)
 
 
+def test_the_reference_is_the_base_under_adapters_that_have_moved() -> None:
+    """As in the later rounds of online DPO."""
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_runs.make_model(), lora).eval()
+    plain, pairs = tiny_runs.make_model(), tiny_runs.make_pairs()
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        moved = model(ids).logits
+    assert not torch.allclose(moved, plain(ids).logits, atol=0.1)
+    found, wanted = (reference_logps(each, pairs, pad_token_id=0, progress=False) for each in (model, plain))
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        assert found[name][:] == pytest.approx(wanted[name][:], abs=1e-5)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, moved)
+
+
 def test_supervised_fine_tuning_takes_adapters_too(tmp_path: Path) -> None:
     rows = [
         {"input_ids": row["chosen_input_ids"], "response_start": row["chosen_response_start"]}

@@ -136,6 +136,32 @@ def test_a_new_run_keeps_no_old_round(make_model: Make, make_config: Make, pairs
         assert len(resample.calls) == 3
 
 
+def test_draws_hang_on_the_seed_and_the_round_alone(
+    make_model: Make, make_config: Make, pairs: Dataset, tmp_path: Path
+) -> None:
+    def drawn(name: str, **settings: Any) -> list[int]:
+        """The token drawn in each of three rounds."""
+        config = config_of(make_config, output_dir=str(tmp_path / name), max_steps=3, resample_steps=1, **settings)
+        OnlineDPOTrainer(make_model(), config, resample=Resample(pairs)).train()
+        rounds = [next(read_jsonl(path))[1] for path in sorted((tmp_path / name / "rounds").iterdir())]
+        return [row["chosen_input_ids"][row["chosen_response_start"]] for row in rounds]
+
+    one = drawn("one", seed=1)
+    assert len(set(one)) == 3
+    torch.rand(5)
+    assert drawn("batch", seed=1, per_device_train_batch_size=3, disable_dropout=False) == one
+    assert drawn("other", seed=2) != one
+
+
+def test_each_pass_over_a_round_has_an_order_of_its_own(make_model: Make, make_config: Make, pairs: Dataset) -> None:
+    config = config_of(make_config, max_steps=9, resample_steps=6)
+    loader = OnlineDPOTrainer(make_model(), config, resample=Resample(pairs)).get_train_dataloader()
+    rows = [row for batch in loader for row in batch["pair_id"].tolist()]
+    passes = [rows[start : start + 6] for start in (0, 6, 12)]  # two of the first round, one of the second
+    assert [sorted(each) for each in passes] == [list(range(6))] * 3
+    assert len(set(map(tuple, passes))) == 3
+
+
 def test_a_round_without_pairs_is_told(make_model: Make, make_config: Make, pairs: Dataset) -> None:
     trainer = OnlineDPOTrainer(make_model(), config_of(make_config), resample=Resample(pairs, size=0))
     with pytest.raises(UserError, match="round 0"):

@@ -37,28 +37,41 @@ def forbid(*args: Any) -> None:
 def test_found_again_by_content(
     make_model: Callable[..., Any], pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def model() -> Any:
+        return make_model().bfloat16().float()  # values that both dtypes hold, which name the model
+
     settings = {"pad_token_id": 0, "cache_dir": tmp_path, "progress": False}
-    first = reference_logps(make_model(), pairs, **settings)
+    first = reference_logps(model(), pairs, **settings)
     monkeypatch.setattr(reference, "batch_logps", forbid)
-    again = reference_logps(make_model(), pairs, **settings, batch_size=2)
+    again = reference_logps(model(), pairs, **settings, batch_size=2)
     assert again["ref_chosen_logps"] == first["ref_chosen_logps"]
-    other_model = make_model()
+    other_model = model()
     with torch.no_grad():
         other_model.lm_head.weight[0, 0] += 1
     moved = pairs.map(lambda row: {"rejected_response_start": row["rejected_response_start"] + 1})
-    for changed in ((other_model, pairs, {}), (make_model(), moved, {}), (make_model(), pairs, torch.bfloat16)):
-        model, data, dtype = changed
+    one, other, *rest = pairs  # the same tokens on end, the border of two rows elsewhere
+    first_id, *others = other["chosen_input_ids"]
+    one, other = one | {"chosen_input_ids": [*one["chosen_input_ids"], first_id]}, other | {"chosen_input_ids": others}
+    for changed, data, dtype in (
+        (other_model, pairs, None),
+        (model().bfloat16(), pairs, None),
+        (model(), moved, None),
+        (model(), Dataset.from_list([one, other, *rest]), None),
+        (model(), pairs, torch.bfloat16),
+    ):
         with pytest.raises(AssertionError, match="ran again"):
-            reference_logps(model, data, **settings, autocast_dtype=dtype or None)
+            reference_logps(changed, data, **settings, autocast_dtype=dtype)
     with pytest.raises(AssertionError, match="ran again"):
-        reference_logps(make_model(), pairs, **settings, collator=PackingCollator(PreferenceCollator(0), ("prefix",)))
-    told = reference_logps(make_model(), pairs, **settings, fingerprint=base_fingerprint(make_model()))
+        reference_logps(model(), pairs, **settings, collator=PackingCollator(PreferenceCollator(0), ("prefix",)))
+    told = reference_logps(model(), pairs, **settings, fingerprint=base_fingerprint(model()))
     assert told["ref_rejected_logps"] == first["ref_rejected_logps"]
 
 
+@pytest.mark.parametrize("batch_size", [2, 6])
 def test_a_kill_loses_one_chunk(
-    make_model: Callable[..., Any], pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[..., Any], pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
+    """Gone on with in batches of another size, the chunks, which hold other rows then, are made anew."""
     monkeypatch.setattr(reference, "_CHUNK_TOKENS", 30)
     settings = {"pad_token_id": 0, "batch_size": 2, "progress": False}
     whole = reference_logps(make_model(), pairs, **settings)
@@ -73,16 +86,21 @@ def test_a_kill_loses_one_chunk(
     monkeypatch.setattr(reference, "batch_logps", counted)
     with pytest.raises(KeyboardInterrupt):
         reference_logps(make_model(), pairs, **settings, cache_dir=tmp_path)
-    resumed = reference_logps(make_model(), pairs, **settings, cache_dir=tmp_path)
+    resumed = reference_logps(make_model(), pairs, **settings | {"batch_size": batch_size}, cache_dir=tmp_path)
     assert len(calls) < 10 + 14 - 5
-    assert resumed["ref_rejected_logps"] == whole["ref_rejected_logps"]
+    assert list(resumed["ref_rejected_logps"]) == pytest.approx(list(whole["ref_rejected_logps"]), abs=1e-5)
     assert not list(tmp_path.rglob("chunk-*"))
 
 
-def test_model_comes_back_in_its_mode(make_model: Callable[..., Any], pairs: Dataset) -> None:
-    model = make_model().train()
-    reference_logps(model, pairs, pad_token_id=0, progress=False)
-    assert model.training
+@pytest.mark.parametrize("training", [False, True])
+def test_no_dropout_and_the_model_comes_back_in_its_mode(
+    make_model: Callable[..., Any], pairs: Dataset, training: bool
+) -> None:
+    model = make_model(attention_dropout=0.5).train(training)
+    got = reference_logps(model, pairs, pad_token_id=0, progress=False)
+    assert model.training == training
+    plain = reference_logps(make_model(), pairs, pad_token_id=0, progress=False)
+    assert got["ref_chosen_logps"] == plain["ref_chosen_logps"]
 
 
 def test_no_rows(make_model: Callable[..., Any], pairs: Dataset) -> None:

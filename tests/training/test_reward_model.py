@@ -1,5 +1,6 @@
 """The Bradley-Terry reward model: it starts at 0, learns a visible preference, scores and reloads alike."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,22 @@ def test_learns_scores_and_reloads(make_model: Make, make_config: Make, visible:
     model.save_pretrained(tmp_path / "reward_model")
     again = BradleyTerryRewardModel.from_pretrained(tmp_path / "reward_model")
     assert again.score(rows_of(visible, "chosen"), batch_size=5) == chosen
+
+
+def test_a_margin_is_asked_of_the_chosen_response(make_model: Make, make_config: Make, visible: Dataset) -> None:
+    config = make_config(RewardModelConfig, max_steps=1, margin=0.5)
+    train_reward_model(make_model(), visible, config)
+    (line,) = [line for _, line in read_jsonl(Path(config.output_dir) / "metrics.jsonl") if "loss" in line]
+    assert line["loss"] == pytest.approx(math.log1p(math.exp(0.5)), abs=1e-5)  # every reward starts at 0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_scores_without_dropout_and_stays_in_its_mode(make_model: Make, visible: Dataset, training: bool) -> None:
+    model = BradleyTerryRewardModel.from_causal_lm(make_model(attention_dropout=0.5)).train(training)
+    torch.nn.init.normal_(model.head.weight)
+    scores = model.score(rows_of(visible, "chosen"))
+    assert model.training == training
+    assert model.eval().score(rows_of(visible, "chosen")) == scores
 
 
 def test_the_same_command_goes_on(make_model: Make, make_config: Make, visible: Dataset, tmp_path: Path) -> None:

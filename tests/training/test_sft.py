@@ -74,8 +74,9 @@ def test_learns_and_resumes(make_model: Make, make_config: Make, responses: Data
     assert straight[-1] < straight[0]
 
 
-def test_evaluation_is_the_token_mean(make_model: Make, make_config: Make, responses: Dataset) -> None:
-    config = make_config(ReprSFTConfig, per_device_eval_batch_size=len(responses), max_steps=1)
+@pytest.mark.parametrize("batch_size", [3, 14])
+def test_evaluation_is_the_token_mean(make_model: Make, make_config: Make, responses: Dataset, batch_size: int) -> None:
+    config = make_config(ReprSFTConfig, per_device_eval_batch_size=batch_size, max_steps=1)
     trainer = ReprSFTTrainer(make_model(), config, eval_dataset=responses)
     got = trainer.evaluate()["eval_loss"]
     config = make_config(ReprSFTConfig, per_device_train_batch_size=len(responses), max_steps=1)

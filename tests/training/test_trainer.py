@@ -18,7 +18,7 @@ from reprdpo.errors import UserError
 from reprdpo.files import read_json, read_jsonl
 from reprdpo.ops import linear_preference
 from reprdpo.reward import HybridReward
-from reprdpo.training import ReprDPOTrainer, last_checkpoint
+from reprdpo.training import ReprDPOTrainer, last_checkpoint, reference_logps
 from reprdpo.training.base import disable_dropout
 
 Make = Callable[..., Any]
@@ -66,15 +66,30 @@ def manual_step(model: Any, batch: dict[str, Tensor], ref: tuple[Tensor, Tensor]
     return (-gamma * F.logsigmoid(delta) - (1 - gamma) * F.logsigmoid(-delta)).mean()
 
 
-@pytest.mark.parametrize(("source", "pool"), [("fixed", "last"), ("reward", "last"), ("reward", "mean")])
+PLAIN = {"alpha": "auto", "squash": False, "confidence_floor": 0.0, "reward_margin": 1.0, "reward_learning_rate": 1e-3}
+# Far from what is taken where nothing is set.
+SET = {"alpha": 3.0, "squash": True, "confidence_floor": 0.55, "reward_margin": 0.2, "reward_learning_rate": 0.03}
+
+
+@pytest.mark.parametrize(
+    ("source", "pool", "own"),
+    [("fixed", "last", PLAIN), ("reward", "last", PLAIN), ("reward", "mean", PLAIN), ("reward", "last", SET)],
+    ids=["fixed-last", "reward-last", "reward-mean", "settings"],
+)
 def test_updates_are_those_of_the_formula(
-    make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset, source: str, pool: str
+    make_model: Make,
+    make_reward: Make,
+    make_config: Make,
+    pairs: Dataset,
+    source: str,
+    pool: str,
+    own: dict[str, Any],
 ) -> None:
     """Three SGD steps: the policy follows Eq. 5 under Eq. 8, and the reward Eq. 7, one step behind."""
     beta, rate = 0.5, 0.05
     settings = {"beta": beta, "confidence_source": source, "fixed_confidence": 0.8, "learning_rate": rate}
     plain = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 3}
-    config = make_config(per_device_train_batch_size=len(pairs), **settings, **plain)
+    config = make_config(per_device_train_batch_size=len(pairs), **settings, **plain, **own)
     reward = make_reward(pool)
     trainer = ReprDPOTrainer(make_model(), config, train_dataset=pairs, reward=reward)
     rows = list(trainer.train_dataset)
@@ -84,7 +99,8 @@ def test_updates_are_those_of_the_formula(
     batch = PreferenceCollator(0)(rows)
     ref = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    adam = torch.optim.Adam(follower.parameters(), lr=config.reward_learning_rate)
+    adam = torch.optim.Adam(follower.parameters(), lr=own["reward_learning_rate"])
+    alpha = follower.alpha if own["alpha"] == "auto" else own["alpha"]
     lengths = batch["attention_mask"].sum(1)
     for line in logged(config.output_dir):
         with torch.no_grad():
@@ -94,11 +110,14 @@ def test_updates_are_those_of_the_formula(
         spans = zip(layers, first, lengths, strict=True)
         states = torch.stack([row[start:stop].mean(0) for row, start, stop in spans])
         chosen, rejected = follower(states).reward.chunk(2)
-        gamma = torch.sigmoid(follower.alpha * (chosen - rejected)).detach() if source == "reward" else 0.8
+        gap = chosen.sigmoid() - rejected.sigmoid() if own["squash"] else chosen - rejected
+        gamma = torch.sigmoid(alpha * gap).clamp(min=own["confidence_floor"]).detach() if source == "reward" else 0.8
         loss = manual_step(model, batch, ref, gamma, beta)
+        nll = -F.logsigmoid(chosen - rejected - own["reward_margin"]).mean()
         assert line["loss"] == pytest.approx(loss.item(), abs=1e-5)
         assert line["hybrid/margins"] == pytest.approx((chosen - rejected).mean().item(), abs=1e-4)
-        for step, objective in ((optimizer, loss), (adam, -F.logsigmoid(chosen - rejected - 1.0).mean())):
+        assert line["hybrid/nll"] == pytest.approx(nll.item(), abs=1e-4)
+        for step, objective in ((optimizer, loss), (adam, nll)):
             step.zero_grad()
             objective.backward()
             step.step()
@@ -276,9 +295,11 @@ def test_the_best_model_comes_back_with_its_reward(
 def test_a_frozen_reward_stays(make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset) -> None:
     reward = make_reward()
     before = parameters(reward)
-    config = make_config(update_reward=False, alpha=3.0)
+    config = make_config(update_reward=False, reward_margin=40.0)
     ReprDPOTrainer(make_model(), config, train_dataset=pairs, reward=reward).train()
     assert all(map(torch.equal, before, parameters(reward)))
+    line = logged(config.output_dir)[0]
+    assert line["hybrid/nll"] == pytest.approx(40.0 - line["hybrid/margins"], abs=1e-3)
 
 
 def test_checkpointing_activations_changes_nothing(
@@ -363,6 +384,28 @@ def test_disable_dropout_reaches_probabilities_kept_as_numbers(make_model: Make)
     disable_dropout(model)
     assert model.extra.p == 0
     assert all(layer.self_attn.attention_dropout == 0 for layer in model.model.layers)
+
+
+def test_a_reference_of_its_own(make_model: Make, make_config: Make, pairs: Dataset, tmp_path: Path) -> None:
+    """Its log-probs are not taken for the policy's, nor the policy's for its, where both lie in one cache."""
+    other = make_model()
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    for ref_model in (None, other):
+        config = make_config(confidence_source="fixed", reference_cache_dir=str(tmp_path / "cache"))
+        trainer = ReprDPOTrainer(make_model(), config, train_dataset=pairs, ref_model=ref_model)
+        expected = reference_logps(ref_model or make_model(), pairs, pad_token_id=0, progress=False)
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            assert list(trainer.train_dataset[name]) == pytest.approx(list(expected[name]), abs=1e-4)
+
+
+def test_the_reference_rounds_as_the_policy_will(make_model: Make, make_config: Make, pairs: Dataset) -> None:
+    trainer = ReprDPOTrainer(make_model(), make_config(confidence_source="fixed", bf16=True), train_dataset=pairs)
+    options = {"pad_token_id": 0, "collator": trainer.data_collator, "progress": False}
+    rounded = reference_logps(make_model(), pairs, autocast_dtype=torch.bfloat16, **options)["ref_chosen_logps"]
+    found = list(trainer.train_dataset["ref_chosen_logps"])
+    assert found == list(rounded)
+    assert found != pytest.approx(list(reference_logps(make_model(), pairs, **options)["ref_chosen_logps"]), abs=1e-4)
 
 
 def test_a_loss_without_reference_computes_none(make_model: Make, make_config: Make, pairs: Dataset) -> None:
