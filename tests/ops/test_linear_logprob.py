@@ -380,6 +380,32 @@ def test_scored_index_and_shapes():
         torch.testing.assert_close(mine, theirs)
 
 
+def spread(tensor):
+    """The same numbers with others between them."""
+    return torch.stack([tensor, torch.full_like(tensor, 1)], -1)[..., 0]
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("head_grad", [False, True])
+def test_tensors_that_are_not_dense(head_grad, entropy, backend):
+    hidden, weight, labels, bias = make(12, 9, 20, torch.float32, bias=True)
+    weight.requires_grad_(head_grad)
+    bias.requires_grad_(head_grad)
+    leaves = [x for x in (hidden, weight, bias) if x.requires_grad]
+    scored = (labels != -100).nonzero()[:, 0]
+
+    def run(hidden, weight, bias, labels, scored):
+        out = linear_logprob(hidden, weight, labels, bias=bias, scored_index=scored, return_entropy=entropy)
+        out = out.logprob + out.entropy if entropy else out
+        return [out.detach(), *gradients(out, *leaves)]
+
+    wanted = run(hidden, weight, bias, labels, scored)
+    for other in (spread, lambda x: x.t().contiguous().t() if x.dim() == 2 else spread(x)):
+        found = run(*(other(x) for x in (hidden, weight, bias, labels, scored)))
+        for mine, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
 def test_stats():
     hidden, weight, labels, _ = make()
     out = linear_logprob(hidden, weight, labels, temperature=0.5, return_stats=True)
