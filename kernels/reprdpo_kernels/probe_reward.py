@@ -641,9 +641,13 @@ def _on(device: torch.device) -> Any:
 
 
 # Counters of arrived programs: int32 zeros that every launch leaves at zero again, kept for each stream, so that
-# launches that may overlap never share one. A launch captured in a graph, replayed on whichever stream, has its own.
+# launches that may overlap never share one. A launch captured in a graph, replayed on whichever stream, has its own:
+# what is cut from a slab is never given back, and slabs that are used up stay, as graphs hold bare addresses of them.
 _SLAB = 2**16
-_slabs: dict[torch.device, tuple[Tensor, int]] = {}
+# Cuts of 128 bytes: a kernel is compiled for how its pointers are aligned, and none can be during a capture.
+_CUT = 32
+_slabs: dict[torch.device, list[Tensor]] = {}
+_used: dict[torch.device, int] = {}
 _by_stream: dict[tuple[torch.device, int], Tensor] = {}
 _growing = threading.Lock()
 
@@ -662,14 +666,17 @@ def _arrivals(count: int, device: torch.device) -> Tensor:
 
 
 def _take(count: int, device: torch.device, capturing: bool) -> Tensor:
+    count = _CUT * triton.cdiv(count, _CUT)
     with _growing:
-        slab, used = _slabs.get(device, (None, 0))
-        if slab is None or used + count > slab.numel():
+        slabs = _slabs.setdefault(device, [])
+        used = _used.get(device, 0)
+        if not slabs or used + count > slabs[-1].numel():
             if capturing:  # no room: zeros of the graph's own memory, one more node in it
                 return torch.zeros(count, dtype=torch.int32, device=device)
-            slab, used = _zeros_outside_graph_pools(max(count, _SLAB), device), 0
-        _slabs[device] = (slab, used + count)
-        return slab[used : used + count]
+            slabs.append(_zeros_outside_graph_pools(max(count, _SLAB), device))
+            used = 0
+        _used[device] = used + count
+        return slabs[-1][used : used + count]
 
 
 def _zeros_outside_graph_pools(count: int, device: torch.device) -> Tensor:

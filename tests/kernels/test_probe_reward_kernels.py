@@ -1,6 +1,8 @@
 """The Triton kernels of probe_reward themselves: arrivals, layouts, gradients; and what each compiles to."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -62,7 +64,7 @@ def check_forward(got, hidden, index, parameters, gate, *, save_pooled=True):
 
 
 def counters():
-    return [slab for slab, _ in kernels._slabs.values()]
+    return [slab for slabs in kernels._slabs.values() for slab in slabs]
 
 
 @pytest.mark.interpreter
@@ -202,6 +204,19 @@ def test_a_counter_that_is_too_small_grows_and_the_old_one_is_left_at_zero():
     hidden = torch.randn(300, 1, 2)
     got = kernels.probe_reward_forward([hidden], None, *parameters, "static", False, *NO_CONFIDENCE)
     torch.testing.assert_close(got[0], reference.probe_reward(hidden, *parameters, "static")[0])
+
+
+def test_counters_of_a_captured_launch_are_aligned_and_outlive_their_slab():
+    cpu = torch.device("cpu")
+    kernels._arrivals(2, cpu)
+    slab = weakref.ref(kernels._slabs[cpu][-1])
+    cuts = [kernels._take(count, cpu, capturing=True) for count in (9, 3, 40)]
+    # A pointer off 16 bytes would ask for another kernel, which no capture can load.
+    assert all(cut.data_ptr() % 16 == 0 for cut in cuts)
+    del cuts  # a graph holds addresses alone
+    kernels._arrivals(2 * kernels._SLAB, cpu)
+    gc.collect()
+    assert slab() is not None
 
 
 def test_alignment_is_of_every_row():
