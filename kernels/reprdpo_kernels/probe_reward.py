@@ -22,7 +22,7 @@ class Config(NamedTuple):
     """Shapes of the programs: features of a row taken at once, the warps on them, sequences of a backward tile.
 
     The registers a thread may take with at most 32 layers are named, as the assembler left alone spills to fit one more
-    block on a processor; mixing more layers takes whatever it needs.
+    block on a processor; mixing more layers, or gradients written an element at a time, takes whatever it needs.
     """
 
     forward_features: int = 4096
@@ -539,6 +539,7 @@ def probe_reward_backward(
     pooled_strides = pooled.stride() if pooled is not None and weights else (0, 0, 1)
     config = _config(probe_weight.device)
     block_d = config.backward_features
+    aligned = needs_hidden and _aligned(addresses or (), (layer_stride, sequence_stride, token_stride), hidden[0])
     with _on(probe_weight.device):
         _probe_reward_bwd_kernel[(L * max(1, triton.cdiv(D, block_d)),)](
             addresses,
@@ -574,13 +575,12 @@ def probe_reward_backward(
             int(index is not None and len(hidden_shape) == 2),
             DTYPE=_TRITON_DTYPES[hidden_dtype],
             GATE=_GATES[gate],
-            ALIGNED=needs_hidden
-            and _aligned(addresses or (), (layer_stride, sequence_stride, token_stride), hidden[0]),
+            ALIGNED=aligned,
             BLOCK_B=_rows(config, L),
             BLOCK_L=_block(L),
             BLOCK_D=block_d,
             num_warps=config.backward_warps,
-            maxnreg=_registers(config.backward_registers, L),
+            maxnreg=_registers(config.backward_registers, L, aligned or not needs_hidden),
             enable_fp_fusion=True,
         )
     return (hidden, *grads)  # type: ignore[return-value]
@@ -624,8 +624,8 @@ def _rows(config: Config, L: int) -> int:
     return max(1, min(config.backward_sequences, 512 // _block(L)))
 
 
-def _registers(few_layers: int, L: int) -> int:
-    return few_layers if _block(L) == 32 else 255
+def _registers(named: int, L: int, aligned: bool = True) -> int:
+    return named if _block(L) == 32 and aligned else 255
 
 
 def _config(device: torch.device) -> Config:

@@ -278,7 +278,7 @@ def compile_backward(capability, dtype, gate, *, L=32, aligned=True, parameters=
     }  # fmt: skip
     return compiled(
         kernels._probe_reward_bwd_kernel, signature, constexprs, capability, config.backward_warps,
-        kernels._registers(config.backward_registers, L),
+        kernels._registers(config.backward_registers, L, aligned or not hidden),
     )  # fmt: skip
 
 

@@ -386,9 +386,14 @@ def test_exact_matmuls_put_back_what_they_change(matmul_settings):
     assert matmul_precisions() == ("ieee", "ieee", False)
     torch.set_float32_matmul_precision("medium")
     matmul_settings.cuda.matmul.allow_fp16_accumulation = True
-    with pytest.raises(ZeroDivisionError), exact_matmuls(cpu):
-        assert matmul_precisions() == ("ieee", "ieee", False)
-        raise ZeroDivisionError
+
+    def fail():
+        with exact_matmuls(cpu):
+            assert matmul_precisions() == ("ieee", "ieee", False)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert matmul_precisions() == ("tf32", "bf16", True)
 
 
