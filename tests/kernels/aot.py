@@ -59,7 +59,8 @@ def compile(
         "signature": dict(signature),
         "constexprs": dict(constexprs),
         "capability": capability,
-        "options": {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg},
+        # As the launchers ask for, whatever this Triton's default.
+        "options": {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, "enable_fp_fusion": True},
     }
     worker = _worker()
     assert worker.stdin is not None

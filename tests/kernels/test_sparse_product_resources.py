@@ -47,11 +47,20 @@ def test_packed_product(capability, dtype, aligned):
     )  # fmt: skip
 
 
+BEFORE = [(known, "bf16", True) for known in aot.CAPABILITIES] + [(90, "fp16", True)]
+OTHERS_BEFORE = [
+    (known, dtype, aligned)
+    for known in aot.CAPABILITIES
+    for dtype in ("bf16", "fp16", "fp32")
+    for aligned in (True, False)
+    if (known, dtype, aligned) not in BEFORE
+]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "aligned"),
-    [("bf16", True), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("bf16", False), ("fp32", True)))],
+    ("capability", "dtype", "aligned"),
+    [*BEFORE, *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS_BEFORE)],
 )
-@pytest.mark.parametrize("capability", aot.CAPABILITIES)
 def test_what_goes_before(capability, dtype, aligned):
     cost_of(sparse_product._thresholds_kernel, dtype, capability, {"BLOCK": 16384}, aligned=aligned, num_warps=16)
     tile = {"TILE": sparse_product.TILE}
