@@ -104,18 +104,28 @@ def host_seconds(call: Callable[[], Any], device: str) -> float:
     return statistics.median(times)
 
 
-def launches(call: Callable[[], Any], device: str) -> int | None:
-    """Kernels, copies and fills that one call puts on a CUDA device, counted by the profiler; None where it cannot."""
+def device_events(call: Callable[[], Any], device: str) -> list[str]:
+    """Names of the kernels, copies and fills that one call puts on a CUDA device, as the profiler sees them.
+
+    Raises:
+        RuntimeError: the profiler cannot be had.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    try:
-        with torch.profiler.profile(activities=activities) as profile:
-            call()
-            synchronise(device)
-    except RuntimeError:
-        return None
+    synchronise(device)  # what was asked before is not this call's
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        synchronise(device)
     events: Any = profile.events()
     on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not event.is_user_annotation and event.name not in _NO_LAUNCH for event in on_device) or None
+    return [event.name for event in on_device if not event.is_user_annotation and event.name not in _NO_LAUNCH]
+
+
+def launches(call: Callable[[], Any], device: str) -> int | None:
+    """How many :func:`device_events` there are; None where the profiler cannot tell."""
+    try:
+        return len(device_events(call, device)) or None
+    except RuntimeError:
+        return None
 
 
 class PeakMemory:

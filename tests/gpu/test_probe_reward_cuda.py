@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.device import device_events
 from reprdpo.ops import native, reference
 
 pytestmark = pytest.mark.skipif(not native.loaded("cuda"), reason=f"native: {native.status('cuda')}")
@@ -106,9 +107,5 @@ def test_one_launch(backward):
         )  # fmt: skip
 
     run()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(kernels) == 1, [event.name for event in kernels]
+    kernels = device_events(run, "cuda")
+    assert len(kernels) == 1, kernels
