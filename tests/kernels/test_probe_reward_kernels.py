@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import re
 import weakref
 
 import pytest
@@ -288,6 +289,16 @@ def check_resources(resources, capability, settings):
     assert resources.shared <= aot.MAX_SHARED[capability]
 
 
+def check_order(accesses, gate):
+    """What a program counts on of the others, from whose atomic on a counter it has learnt that they are through."""
+    assert "x" not in accesses
+    assert not re.search(r"s[^b]*a", accesses), "a store may be outrun by the atomic that announces it"
+    assert not re.search(r"a[^b]*[cl]", accesses), "only the thread of the atomic has acquired"
+    assert "c" in accesses
+    if gate == 0:
+        assert not re.search(r"c[lc]*s", accesses), "a logit may be overwritten before another warp has read it"
+
+
 # Every value of every compile-time choice, beside each other's.
 FORWARDS = [
     ("bf16", {}),
@@ -312,6 +323,8 @@ def test_compiles_without_spills(capability, gate, compile_one):
     for dtype, settings in FORWARDS if compile_one is compile_forward else BACKWARDS:
         resources = compile_one(capability, dtype, gate, **settings)
         check_resources(resources, capability, (dtype, settings))
+        if compile_one is compile_forward:
+            check_order(resources.accesses, gate)
         if dtype == "bf16" and settings.get("aligned", True):
             assert resources.narrow_loads == 0
 

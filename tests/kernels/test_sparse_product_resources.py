@@ -1,5 +1,7 @@
 """Every configuration of the sparse product's kernels compiles for each architecture, and spills nothing."""
 
+import re
+
 import pytest
 import torch
 
@@ -69,4 +71,6 @@ def test_what_goes_before(capability, dtype, aligned):
         aligned=aligned, num_warps=8,
     )  # fmt: skip
     pack = {"GROUP": sparse_product._PACK_GROUP, "BLOCK": sparse_product._PACK_BLOCK}
-    cost_of(sparse_product._pack_kernel, dtype, capability, tile | pack, aligned=aligned, num_warps=4)
+    packed = cost_of(sparse_product._pack_kernel, dtype, capability, tile | pack, aligned=aligned, num_warps=4)
+    assert "s" in packed.accesses
+    assert not re.search(r"l[^b]*s", packed.accesses), "a row is packed over what a thread has yet to read"
