@@ -74,7 +74,8 @@ def linear_logprob(
         return_stats: also return top-1 hits and mean logits.
         scored_index: flat, sorted, unique positions of all labels that are not ignored. Without it they are looked up,
             which synchronises once (under ``torch.compile`` once a pass); under CUDA graph capture all rows are
-            computed.
+            computed, for which a tight budget may take kernels that a warm-up without them has not loaded, and none
+            can be loaded then: pass the index, or that of all rows to the warm-up too.
         max_tile_bytes: bound on logits, what is made of them, and upcast blocks of a half-precision weight, all
             alive at once (gradients not counted); default 256 MiB on the CPU, and on CUDA the larger of 1 GiB and 1/32
             of the device's memory. The native backend keeps the memory for the next call (:func:`empty_cache`).

@@ -25,7 +25,7 @@ def signature(kernel, constexprs, *, integers="i32", **types):
         if name in constexprs:
             continue
         if name.endswith("_ptr"):
-            kinds[name] = "*i64:16" if name in ("labels_ptr", "index_ptr", "ids_ptr") else "*fp32:16"
+            kinds[name] = {"index_ptr": "*i64", "labels_ptr": "*i64:16", "ids_ptr": "*i64:16"}.get(name, "*fp32:16")
         elif name in ("inner", "outer", "factor", "beta", "margin") or name[1:].isdigit():
             kinds[name] = "fp32"
         else:
