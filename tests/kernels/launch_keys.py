@@ -13,17 +13,19 @@ from typing import Any
 
 import torch
 import triton
-from reprdpo_kernels import linear_logprob, logprob, preference_loss, probe_reward, sparse_product
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+probe_reward, *_ = (
+    importlib.import_module(f"reprdpo_kernels.{name}")
+    for name in ("probe_reward", "linear_logprob", "logprob", "preference_loss", "sparse_product")
+)
 # Kernels are jitted by now; the ops are to serve CPU tensors from Triton, as they do for its interpreter.
 os.environ["TRITON_INTERPRET"] = "1"
 ops = importlib.import_module("reprdpo.ops")
 del os.environ["TRITON_INTERPRET"]
 schedules = [importlib.import_module(f"reprdpo.ops.{name}_schedule") for name in ("head", "pair")]
 
-MODULES = (linear_logprob, logprob, preference_loss, probe_reward, sparse_product)
 VOCABULARY, WIDTH = 1000, 64
 asked: set[str] = set()
 
