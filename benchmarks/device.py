@@ -105,8 +105,13 @@ def host_seconds(call: Callable[[], Any], device: str) -> float:
 
 
 def device_events(call: Callable[[], Any], device: str) -> list[tuple[str, float]]:
-    """Names and seconds of the kernels, copies and fills that one call puts on a CUDA device, by the profiler."""
+    """Names and seconds of the kernels, copies and fills that one call puts on a CUDA device, by the profiler.
+
+    Raises:
+        RuntimeError: the profiler cannot be had.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    synchronise(device)  # what was asked before is not this call's
     with torch.profiler.profile(activities=activities) as profile:
         call()
         synchronise(device)

@@ -9,11 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprdpo_kernels.common import check_rows, dense
+
 _SCALE_BLOCK = 256
 _ROW_BLOCK = 4096
 
 
-@triton.jit(do_not_specialize=["rows", "stats_stride", "tokens", "sequences", "ignore_index"])
+# Tiles begin at any position: how index is aligned is not asked, so that no tile needs a kernel of its own.
+@triton.jit(
+    do_not_specialize=["rows", "stats_stride", "tokens", "sequences", "ignore_index"],
+    do_not_specialize_on_alignment=["index_ptr"],
+)
 def _row_scales_kernel(
     grad_logp_ptr, index_ptr, labels_ptr, stats_ptr, ids_ptr, out_ptr, rows, stats_stride, tokens, sequences, factor,
     ignore_index,
@@ -40,7 +46,7 @@ def _row_scales_kernel(
     tl.store(out_ptr + row, tl.where(known & (label == ignore_index), 0.0, scale), mask=inside)
 
 
-@triton.jit(do_not_specialize=["chunks", "tokens"])
+@triton.jit(do_not_specialize=["chunks", "tokens"], do_not_specialize_on_alignment=["index_ptr"])
 def _scale_rows_kernel(
     rows_ptr, index_ptr, scale_ptr, power_ptr, out_ptr, width, chunks, tokens, rows_stride, out_stride,
     GATHER: tl.constexpr, SCATTER: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
@@ -93,9 +99,10 @@ def row_scales(
         stats = row_stats_3n if row_stats_3n.stride(1) == 1 else row_stats_3n.contiguous()
         with torch.cuda.device_of(grad_logp_N):
             _row_scales_kernel[(triton.cdiv(rows, _SCALE_BLOCK),)](
-                grad_logp_N.contiguous(), index_n, labels_N, stats, sequence_ids_N, scale_n, rows, stats.stride(0),
+                *dense(grad_logp_N, index_n, labels_N), stats, *dense(sequence_ids_N), scale_n, rows, stats.stride(0),
                 labels_N.shape[0], grad_logp_N.shape[0], factor, ignore_index,
                 INDEX=index_n is not None, SEQUENCES=sequence_ids_N is not None, BLOCK=_SCALE_BLOCK, num_warps=4,
+                enable_fp_fusion=True,
             )  # fmt: skip
     return scale_n
 
@@ -137,13 +144,13 @@ def _scale_rows(
     width = rows_nD.shape[1]
     if scale_n.shape[0] == 0 or width == 0:
         return
-    for name, tensor in (("rows", rows_nD), ("out", out_nD)):
-        if tensor.stride(1) != 1 and width > 1:
-            raise ValueError(f"{name} must have their columns side by side, not strides {tensor.stride()}")
+    check_rows(rows=rows_nD, out=out_nD)
     block = min(_ROW_BLOCK, max(128, triton.next_power_of_2(width)))
     chunks = triton.cdiv(width, block)
     with torch.cuda.device_of(rows_nD):
         _scale_rows_kernel[(scale_n.shape[0] * chunks,)](
-            rows_nD, index_n, scale_n, power, out_nD, width, chunks, tokens, rows_nD.stride(0), out_nD.stride(0),
+            rows_nD, *dense(index_n, scale_n), power, out_nD,
+            width, chunks, tokens, rows_nD.stride(0), out_nD.stride(0),
             GATHER=gather, SCATTER=scatter, POWER=power is not None, BLOCK=block, num_warps=max(1, block // 1024),
+            enable_fp_fusion=True,
         )  # fmt: skip

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprdpo_kernels.common import HALF_RESIDUAL_SCALE, capability, check_rows, dense, log1p
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Below every float32 logit but -inf: a maximum that starts here never makes inf - inf.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -25,14 +27,6 @@ def _tanh(x):
     series = -0.33333331 + s * (0.13332924 + s * (-0.053875137 + s * (0.021116216 - s * 0.0062763891)))
     value = tl.where(size < 0.6, size + size * s * series, (1.0 - e) * inverse)
     return tl.where(x < 0.0, -value, value), 4.0 * e * inverse * inverse
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for x >= 0, whose relative error stays at rounding as x goes to 0."""
-    one_plus = 1.0 + x
-    kept = one_plus - 1.0
-    return tl.where(kept == 0.0, x, tl.log(one_plus) * (x / tl.where(kept == 0.0, 1.0, kept)))
 
 
 @triton.jit
@@ -213,7 +207,7 @@ def _token_residual_kernel(
                 )
 
     gap = maximum - target
-    near = -_log1p(total * tl.exp2(gap * _LOG2E))
+    near = -log1p(total * tl.exp2(gap * _LOG2E))
     far = -gap - tl.log(total + tl.exp2(-gap * _LOG2E))
     logp = tl.where(gap <= 0.0, near, far)
     top = tl.maximum(maximum, target)
@@ -224,7 +218,7 @@ def _token_residual_kernel(
     if ENTROPY:
         shift = tl.where(total == 0.0, 0.0, maximum - top)
         entr = share * (weighted + total * shift) + tl.where(target_exp == 0.0, 0.0, target_exp * (target - top))
-        log_all = tl.where(gap <= 0.0, _log1p(sum_other), tl.log(sum_all))
+        log_all = tl.where(gap <= 0.0, log1p(sum_other), tl.log(sum_all))
         tl.store(entropy_ptr + row, log_all - entr / sum_all)
     if STATS:
         tl.store(top1_ptr + row, ((target > before) & (target >= maximum)).to(tl.float32))
@@ -306,10 +300,6 @@ class TokenResidual(NamedTuple):
     residual: Tensor
 
 
-# float16 has no exponents for a softmax's tail: its residual is kept times this.
-HALF_RESIDUAL_SCALE = 4096.0
-
-
 def token_residual(
     logits_nV: Tensor,
     labels_n: Tensor,
@@ -337,14 +327,14 @@ def token_residual(
         out: where the residual goes, ``[n, V]`` of ``residual_dtype``, columns side by side.
     """
     rows, vocabulary = logits_nV.shape
-    _check_rows("logits", logits_nV)
+    check_rows(logits=logits_nV)
     residual_nV = logits_nV.new_empty(0)
     if residual_dtype is not None:
         if out is None:
             in_place = residual_dtype == logits_nV.dtype
             out = logits_nV if in_place else logits_nV.new_empty(rows, vocabulary, dtype=residual_dtype)
         residual_nV = out
-        _check_rows("out", residual_nV)
+        check_rows(out=residual_nV)
     # A tensor each: what an op returns may not share memory.
     shapes: list[Any] = [rows, (3, rows), rows if entropy else 0, rows if stats else 0, rows if stats else 0]
     per_row = [logits_nV.new_empty(shape, dtype=torch.float32) for shape in shapes]
@@ -355,16 +345,16 @@ def token_residual(
     more = bias_V is not None or softcap is not None or entropy or stats
     strides = (logits_nV.stride(0), residual_nV.stride(0) if residual_dtype is not None else 0)
     aligned = all(number % 16 == 0 for number in (vocabulary, *strides))
-    hold, block, warps = plan(vocabulary, _capability(logits_nV), more=more, aligned=aligned)
+    hold, block, warps = plan(vocabulary, capability(logits_nV), more=more, aligned=aligned)
     with torch.cuda.device_of(logits_nV):
         _token_residual_kernel[(rows,)](
-            logits_nV, labels_n, bias_V, residual_nV, *per_row,
+            logits_nV, *dense(labels_n, bias_V), residual_nV, *per_row,
             rows, vocabulary, logits_nV.stride(0), residual_nV.stride(0), inner, outer,
             0 if ignore_index is None else ignore_index,
             BIAS=bias_V is not None, SOFTCAP=softcap is not None, IGNORE=ignore_index is not None,
             RESIDUAL=residual_dtype is not None,
             RESIDUAL_SCALE=HALF_RESIDUAL_SCALE if residual_dtype == torch.float16 else 1.0,
-            ENTROPY=entropy, STATS=stats, HOLD=hold, BLOCK=block, num_warps=warps,
+            ENTROPY=entropy, STATS=stats, HOLD=hold, BLOCK=block, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return result
 
@@ -389,10 +379,9 @@ def logits_gradient(
     Arguments as in :func:`token_residual`, whose ``row_stats`` and ``entropy`` these are. ``out`` may be the logits; it
     decides the dtype, the logits' where it is None.
     """
-    _check_rows("logits", logits_nV)
     rows, vocabulary = logits_nV.shape
     grad_nV = torch.empty_like(logits_nV) if out is None else out
-    _check_rows("out", grad_nV)
+    check_rows(logits=logits_nV, out=grad_nV)
     if rows == 0:
         return grad_nV
     inner, outer, factor = _scales(logit_scale, softcap, temperature)
@@ -400,12 +389,12 @@ def logits_gradient(
     chunks = triton.cdiv(vocabulary, block)
     with torch.cuda.device_of(logits_nV):
         _logits_gradient_kernel[(rows * chunks,)](
-            logits_nV, labels_n, bias_V, row_stats_3n.contiguous(), grad_logp_n, entropy_n, grad_entropy_n, grad_nV,
+            logits_nV, *dense(labels_n, bias_V, row_stats_3n, grad_logp_n, entropy_n, grad_entropy_n), grad_nV,
             rows, vocabulary, chunks, logits_nV.stride(0), grad_nV.stride(0), inner, outer, factor,
             0 if ignore_index is None else ignore_index,
             BIAS=bias_V is not None, SOFTCAP=softcap is not None, IGNORE=ignore_index is not None,
             LOGP=grad_logp_n is not None, ENTROPY=grad_entropy_n is not None,
-            BLOCK=block, num_warps=block // 512 if block > 512 else 1,
+            BLOCK=block, num_warps=block // 512 if block > 512 else 1, enable_fp_fusion=True,
         )  # fmt: skip
     return grad_nV
 
@@ -451,21 +440,9 @@ def plan(vocabulary: int, capability: int, *, more: bool, aligned: bool) -> tupl
     return (False, config.block // 2, config.warps // 2) if more else (False, config.block, config.warps)
 
 
-def _capability(tensor: Tensor) -> int:
-    if not tensor.is_cuda:
-        return min(CONFIGS)
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
-
-
 def _scales(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float, float]:
     """inner and outer of ``z = outer tanh(inner u)`` or ``inner u``, and the constant factor of dz/du."""
     factor = logit_scale / temperature
     if softcap is None:
         return factor, 1.0, factor
     return logit_scale / softcap, softcap / temperature, factor
-
-
-def _check_rows(name: str, tensor: Any) -> None:
-    if tensor.stride(1) != 1 and tensor.shape[1] > 1:
-        raise ValueError(f"{name} must have its columns side by side, not strides {tensor.stride()}")

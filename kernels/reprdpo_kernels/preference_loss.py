@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprdpo_kernels.logprob import _log1p
+from reprdpo_kernels.common import dense, log1p
 
 # The order of the weights a kernel takes.
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "gdpo", "apo_zero", "apo_down", "sft")
@@ -36,7 +36,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _log_sigmoid(x):
-    return tl.where(x > 0.0, 0.0, x) - _log1p(tl.exp(-tl.abs(x)))
+    return tl.where(x > 0.0, 0.0, x) - log1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -316,13 +316,13 @@ def preference_loss_forward(
     if pairs:
         types, first, weights = _encode(loss_types, loss_weights)
         tensors = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, confidence)
-        inputs = [None if x is None else x.contiguous() for x in (*tensors, chosen_length, rejected_length)]
         block = min(_PAIR_BLOCK, triton.next_power_of_2(pairs))
         with torch.cuda.device_of(chosen_logp):
             _preference_loss_kernel[(triton.cdiv(pairs, block),)](
-                *inputs, *terms, pairs, float(beta), float(simpo_gamma), *weights,
+                *dense(*tensors, chosen_length, rejected_length), *terms,
+                pairs, float(beta), float(simpo_gamma), *weights,
                 REFERENCE=ref_chosen_logp is not None, LENGTHS=chosen_length is not None,
-                TYPES=types, FIRST=first, BLOCK=block, num_warps=1,
+                TYPES=types, FIRST=first, BLOCK=block, num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
     return terms
 
@@ -358,10 +358,10 @@ def sequence_preference_loss_forward(
         )  # fmt: skip
         with torch.cuda.device_of(token_logp_N):
             _sequence_preference_kernel[(pairs,)](
-                *(None if x is None else x.contiguous() for x in tensors), *out,
+                *dense(*tensors), *out,
                 tokens, pairs, ignore_index, float(beta), float(simpo_gamma), *weights,
                 REFERENCE=ref_chosen_logp is not None, STATS=token_stats_3N is not None,
-                TYPES=types, FIRST=first, BLOCK=_TOKEN_BLOCK, num_warps=4,
+                TYPES=types, FIRST=first, BLOCK=_TOKEN_BLOCK, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 

@@ -22,7 +22,7 @@ class Config(NamedTuple):
     """Shapes of the programs: features of a row taken at once, the warps on them, sequences of a backward tile.
 
     The registers a thread may take with at most 32 layers are named, as the assembler left alone spills to fit one more
-    block on a processor; mixing more layers takes whatever it needs.
+    block on a processor; mixing more layers, or gradients written an element at a time, takes whatever it needs.
     """
 
     forward_features: int = 4096
@@ -539,6 +539,7 @@ def probe_reward_backward(
     pooled_strides = pooled.stride() if pooled is not None and weights else (0, 0, 1)
     config = _config(probe_weight.device)
     block_d = config.backward_features
+    aligned = needs_hidden and _aligned(addresses or (), (layer_stride, sequence_stride, token_stride), hidden[0])
     with _on(probe_weight.device):
         _probe_reward_bwd_kernel[(L * max(1, triton.cdiv(D, block_d)),)](
             addresses,
@@ -574,13 +575,12 @@ def probe_reward_backward(
             int(index is not None and len(hidden_shape) == 2),
             DTYPE=_TRITON_DTYPES[hidden_dtype],
             GATE=_GATES[gate],
-            ALIGNED=needs_hidden
-            and _aligned(addresses or (), (layer_stride, sequence_stride, token_stride), hidden[0]),
+            ALIGNED=aligned,
             BLOCK_B=_rows(config, L),
             BLOCK_L=_block(L),
             BLOCK_D=block_d,
             num_warps=config.backward_warps,
-            maxnreg=_registers(config.backward_registers, L),
+            maxnreg=_registers(config.backward_registers, L, aligned or not needs_hidden),
             enable_fp_fusion=True,
         )
     return (hidden, *grads)  # type: ignore[return-value]
@@ -624,8 +624,8 @@ def _rows(config: Config, L: int) -> int:
     return max(1, min(config.backward_sequences, 512 // _block(L)))
 
 
-def _registers(few_layers: int, L: int) -> int:
-    return few_layers if _block(L) == 32 else 255
+def _registers(named: int, L: int, aligned: bool = True) -> int:
+    return named if _block(L) == 32 and aligned else 255
 
 
 def _config(device: torch.device) -> Config:
@@ -641,9 +641,13 @@ def _on(device: torch.device) -> Any:
 
 
 # Counters of arrived programs: int32 zeros that every launch leaves at zero again, kept for each stream, so that
-# launches that may overlap never share one. A launch captured in a graph, replayed on whichever stream, has its own.
+# launches that may overlap never share one. A launch captured in a graph, replayed on whichever stream, has its own:
+# what is cut from a slab is never given back, and slabs that are used up stay, as graphs hold bare addresses of them.
 _SLAB = 2**16
-_slabs: dict[torch.device, tuple[Tensor, int]] = {}
+# Cuts of 128 bytes: a kernel is compiled for how its pointers are aligned, and none can be during a capture.
+_CUT = 32
+_slabs: dict[torch.device, list[Tensor]] = {}
+_used: dict[torch.device, int] = {}
 _by_stream: dict[tuple[torch.device, int], Tensor] = {}
 _growing = threading.Lock()
 
@@ -662,14 +666,17 @@ def _arrivals(count: int, device: torch.device) -> Tensor:
 
 
 def _take(count: int, device: torch.device, capturing: bool) -> Tensor:
+    count = _CUT * triton.cdiv(count, _CUT)
     with _growing:
-        slab, used = _slabs.get(device, (None, 0))
-        if slab is None or used + count > slab.numel():
+        slabs = _slabs.setdefault(device, [])
+        used = _used.get(device, 0)
+        if not slabs or used + count > slabs[-1].numel():
             if capturing:  # no room: zeros of the graph's own memory, one more node in it
                 return torch.zeros(count, dtype=torch.int32, device=device)
-            slab, used = _zeros_outside_graph_pools(max(count, _SLAB), device), 0
-        _slabs[device] = (slab, used + count)
-        return slab[used : used + count]
+            slabs.append(_zeros_outside_graph_pools(max(count, _SLAB), device))
+            used = 0
+        _used[device] = used + count
+        return slabs[-1][used : used + count]
 
 
 def _zeros_outside_graph_pools(count: int, device: torch.device) -> Tensor:

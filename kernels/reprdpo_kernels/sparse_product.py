@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprdpo_kernels.logprob import HALF_RESIDUAL_SCALE, _capability, _check_rows
+from reprdpo_kernels.common import HALF_RESIDUAL_SCALE, capability, check_rows
 
 # What the rounding of a slice's sum could add to the mass is taken off first.
 _EXACT_PART = tl.constexpr(1 - 2.0**-12)
@@ -208,8 +208,7 @@ def sparse_residual_product(residual_nV: Tensor, weight_VD: Tensor, mass: float)
         residual_nV: ``[n, V]`` float32, bfloat16 or float16 (then times 4096), columns side by side.
         weight_VD: ``[V, D]`` of the same dtype, rows side by side.
     """
-    _check_rows("residual", residual_nV)
-    _check_rows("weight", weight_VD)
+    check_rows(residual=residual_nV, weight=weight_VD)
     (rows, vocabulary), width = residual_nV.shape, weight_VD.shape[1]
     product_nD = weight_VD.new_empty(rows, width)
     if product_nD.numel() == 0:
@@ -220,14 +219,14 @@ def sparse_residual_product(residual_nV: Tensor, weight_VD: Tensor, mass: float)
         order_n = counts_ns.sum(1).argsort(descending=True, stable=True)
         columns_tV, counts_t = _pack(residual_nV, order_n, thresholds_ns, slice_width)
         aligned = all(number % 16 == 0 for number in (width, residual_nV.stride(0), weight_VD.stride(0)))
-        config = plan(residual_nV.dtype, _capability(residual_nV), aligned=aligned)
+        config = plan(residual_nV.dtype, capability(residual_nV), aligned=aligned)
         blocks = triton.cdiv(width, config.block_d)
         _packed_product_kernel[(counts_t.shape[0] * blocks,)](
             residual_nV, order_n, columns_tV, counts_t, weight_VD, product_nD,
             rows, width, vocabulary, blocks, residual_nV.stride(0), weight_VD.stride(0), 1.0 / scale,
             MULTIPLIED=_multiplied(residual_nV),
             TILE=TILE, BLOCK_D=config.block_d, BLOCK_V=config.block_v,
-            num_warps=config.warps, num_stages=config.stages,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return product_nD
 
@@ -261,7 +260,7 @@ def _thresholds(residual_nV: Tensor, mass: float) -> tuple[Tensor, Tensor, int]:
     counts_ns = residual_nV.new_empty(rows, slices, dtype=torch.int32)
     _thresholds_kernel[(rows * slices,)](
         residual_nV, thresholds_ns, counts_ns, vocabulary, residual_nV.stride(0), slices, width, mass / slices,
-        BLOCK=block, num_warps=max(1, min(16, block // 512)),
+        BLOCK=block, num_warps=max(1, min(16, block // 512)), enable_fp_fusion=True,
     )  # fmt: skip
     return thresholds_ns, counts_ns, width
 
@@ -276,9 +275,10 @@ def _pack(residual_nV: Tensor, order_n: Tensor, thresholds_ns: Tensor, slice_wid
     _kept_columns_kernel[(tiles * blocks,)](
         residual_nV, order_n, thresholds_ns, kept_tV, rows, vocabulary, residual_nV.stride(0),
         thresholds_ns.shape[1], slice_width, blocks, TILE=TILE, BLOCK=_KEPT_BLOCK, num_warps=8,
+        enable_fp_fusion=True,
     )  # fmt: skip
     _pack_kernel[(triton.cdiv(rows, _PACK_GROUP),)](
         residual_nV, order_n, kept_tV, columns_tV, counts_t, rows, vocabulary, residual_nV.stride(0),
-        TILE=TILE, GROUP=_PACK_GROUP, BLOCK=_PACK_BLOCK, num_warps=4,
+        TILE=TILE, GROUP=_PACK_GROUP, BLOCK=_PACK_BLOCK, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return columns_tV, counts_t

@@ -6,6 +6,7 @@ Shape suffixes: N tokens, n tokens of a tile, D hidden size, V vocabulary.
 import contextlib
 import functools
 import importlib
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,20 +33,45 @@ def default_tile_bytes(device: torch.device) -> int:
     return 2**28
 
 
+_settings = threading.Lock()
+_inside = 0
+_changed: list[tuple[Any, str, Any]] = []
+
+
 @contextlib.contextmanager
 def exact_matmuls(device: torch.device) -> Iterator[None]:
-    """Matmuls in their operands' dtype: no autocast (it reaches into an op's body), no TF32 or bf16 for float32."""
-    backends: Any = torch.backends
-    settings = [backends.cuda.matmul, backends.mkldnn.matmul]
-    before = [setting.fp32_precision for setting in settings]
+    """Matmuls in their operands' dtype: no autocast (it reaches into an op's body), no TF32 or bf16 for float32, and
+    float16 added up in float32.
+
+    The settings are the process's: of several threads inside, the first changes them and the last puts them back.
+    """
+    global _inside
+    with _settings:
+        if _inside == 0:
+            _change_settings()
+        _inside += 1
     try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
         with torch.amp.autocast(device.type, enabled=False):
             yield
     finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
+        with _settings:
+            _inside -= 1
+            while _inside == 0 and _changed:
+                setattr(*_changed.pop())
+
+
+def _change_settings() -> None:
+    backends: Any = torch.backends
+    # The precision of all of a backend, which a matmul's is unless it has its own, is found under these names.
+    for matmul, whole in ((backends.cuda.matmul, backends.cudnn), (backends.mkldnn.matmul, backends.mkldnn)):
+        before = matmul.fp32_precision
+        if before not in ("none", "ieee"):
+            inherited = before == whole.fp32_precision
+            _changed.append((matmul, "fp32_precision", "none" if inherited else before))
+            matmul.fp32_precision = "ieee"
+    if backends.cuda.matmul.allow_fp16_accumulation:
+        _changed.append((backends.cuda.matmul, "allow_fp16_accumulation", True))
+        backends.cuda.matmul.allow_fp16_accumulation = False
 
 
 def select_head(op: str, hidden_ND: Tensor, weight_VD: Tensor) -> Backend:
@@ -279,6 +305,8 @@ class GradientSum:
 
     def add(self, residual_nV: Tensor, scale_n: Tensor, index_n: Tensor, hidden_nD: Tensor | None) -> None:
         """A tile of rows at ``index_n``, whose raw logits have the gradient ``a G``; Triton needs no hidden states."""
+        if index_n.shape[0] == 0:
+            return
         if self.needs.hidden:
             self.add_hidden(
                 hidden_product(self.kind, residual_nV, self.head.weight, self.upcast_bytes), scale_n, index_n
@@ -372,10 +400,16 @@ class GradientSum:
         if not residual_nV.is_cuda:
             undo = scale_n.new_full((1,), 1.0 / HALF_RESIDUAL_SCALE)
             return self._scaled_hidden(scale_n, index_n, hidden_nD, scale_n.dtype), undo
-        one = torch.ones_like(scale_n[:1])
-        exponent = torch.frexp(scale_n.abs().amax()).exponent
-        rows_nD = self._scaled_hidden(scale_n, index_n, hidden_nD, torch.float16, torch.ldexp(one, -exponent))
-        return rows_nD, torch.ldexp(one, exponent) / HALF_RESIDUAL_SCALE
+        power, undo = _power_in_reach(scale_n)
+        rows_nD = self._scaled_hidden(scale_n, index_n, hidden_nD, torch.float16, power)
+        return rows_nD, undo / HALF_RESIDUAL_SCALE
+
+
+def _power_in_reach(scale_n: Tensor) -> tuple[Tensor, Tensor]:
+    """The power of two that brings the largest |a| to about 1, [1], and its inverse: both finite, whatever a is."""
+    one = torch.ones_like(scale_n[:1])
+    exponent = torch.frexp(scale_n.abs().amax()).exponent.clamp(-126, 127)
+    return torch.ldexp(one, -exponent), torch.ldexp(one, exponent)
 
 
 def _column_sum(residual_nV: Tensor, scale_n: Tensor) -> Tensor:

@@ -74,7 +74,8 @@ def linear_logprob(
         return_stats: also return top-1 hits and mean logits.
         scored_index: flat, sorted, unique positions of all labels that are not ignored. Without it they are looked up,
             which synchronises once (under ``torch.compile`` once a pass); under CUDA graph capture all rows are
-            computed.
+            computed, for which a tight budget may take kernels that a warm-up without them has not loaded, and none
+            can be loaded then: pass the index, or that of all rows to the warm-up too.
         max_tile_bytes: bound on logits, what is made of them, and upcast blocks of a half-precision weight, all
             alive at once (gradients not counted); default 256 MiB on the CPU, and on CUDA the larger of 1 GiB and 1/32
             of the device's memory. The native backend keeps the memory for the next call (:func:`empty_cache`).
@@ -102,7 +103,7 @@ def linear_logprob(
     if scored_index is None:
         scored_index = find_scored(flat_labels_N, ignore_index)
     logp_N, entropy_N, top1_N, mean_logit_N, *_ = _linear_logprob(
-        hidden.reshape(labels.numel(), hidden.shape[-1]),
+        token_rows(hidden, labels.numel()),
         weight,
         bias,
         flat_labels_N,
@@ -182,6 +183,12 @@ def check_scored_index(scored_index: Tensor | None, labels: Tensor) -> None:
         low, high = scored_index.min().item(), scored_index.max().item()
         if low < 0 or high >= labels.numel():
             raise ValueError(f"scored_index must be in [0, {labels.numel()}), but holds {low}..{high}")
+
+
+def token_rows(hidden: Tensor, num_tokens: int) -> Tensor:
+    """``hidden`` as rows ``[N, D]`` of elements side by side, as kernels scale and scatter them."""
+    hidden_ND = hidden.reshape(num_tokens, hidden.shape[-1])
+    return hidden_ND if hidden_ND.stride(1) == 1 else hidden_ND.contiguous()
 
 
 def as_autocast_would(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

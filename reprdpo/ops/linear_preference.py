@@ -29,6 +29,7 @@ from reprdpo.ops.linear_logprob import (
     check_scored_index,
     empty_gradients,
     gradient_needs,
+    token_rows,
 )
 from reprdpo.ops.pair_schedule import kept_dtype, pair_forward
 from reprdpo.ops.preference_loss import check_loss, check_references, confidence_per_pair
@@ -132,7 +133,7 @@ def linear_preference_loss(
     if scored_index is None:
         scored_index = find_scored(labels_N, ignore_index)
     loss, logp_S, reward_S, _, stats_3S, *_ = _linear_preference_loss(
-        hidden.reshape(labels.numel(), hidden.shape[-1]),
+        token_rows(hidden, labels.numel()),
         weight,
         bias,
         labels_N,

@@ -53,7 +53,7 @@ def logprob(
     check_integer("ignore_index", ignore_index)
     logp_N, _ = _logprob(
         logits.reshape(-1, logits.shape[-1]),
-        labels.reshape(-1).long(),
+        labels.reshape(-1).long().contiguous(),
         float(temperature),
         ignore_index,
         inplace_backward and logits.is_contiguous() and not torch.compiler.is_compiling(),

@@ -53,15 +53,10 @@ def double(values):
     return [None if x is None else x.detach().double() for x in values]
 
 
-def oracle(hidden, index, parameters, gate):
-    return reference.probe_reward(reference.pool_last_token(double(hidden), index), *double(parameters), gate)
-
-
 def assert_right(got, hidden, index, parameters, gate):
-    exact = oracle(hidden, index, parameters, gate)
-    plain = reference.probe_reward(
-        reference.pool_last_token(hidden, index).float(), *[p if p is None else p.float() for p in parameters], gate
-    )
+    pooled = reference.pool_last_token(hidden, index)
+    exact = reference.probe_reward(pooled.double(), *double(parameters), gate)
+    plain = reference.probe_reward(pooled.float(), *[p if p is None else p.float() for p in parameters], gate)
     for result, eager, right in zip(got, plain, exact, strict=True):
         assert torch.equal(result.isnan(), right.isnan())
         allowed = 2 * (eager - right).abs().nan_to_num().max() + 4 * 2**-23 * right.abs().nan_to_num().max()
@@ -138,10 +133,9 @@ def test_confidence(backend, gate, reduce):
 
 
 def launches(run):
-    """Names of the kernels, copies and fills that ``run`` put on the device."""
+    """Names of the kernels, copies and fills that ``run`` puts on the device, once compiled."""
     for _ in range(3):
         run()
-    torch.cuda.synchronize()
     return [name for name, _ in device_events(run, "cuda")]
 
 
@@ -150,8 +144,9 @@ def test_one_launch_forward_and_one_backward(backend):
     parameters = make_parameters("softmax", 32, 4096, requires_grad=True)
     upstream = torch.randn(8, device=DEVICE)
     with torch.no_grad():
-        assert len(launches(lambda: ops.probe_reward(hidden, index, *parameters))) == 1
-        assert len(launches(lambda: ops.probe_confidence(hidden, index, *parameters, reduce="batch"))) == 1
+        for op, options in ((ops.probe_reward, {}), (ops.probe_confidence, {"reduce": "batch"})):
+            alone = launches(lambda op=op, options=options: op(hidden, index, *parameters, **options))
+            assert len(alone) == 1, alone
     both = launches(
         lambda: torch.autograd.grad(ops.probe_reward(hidden, index, *parameters).reward, parameters, upstream)
     )

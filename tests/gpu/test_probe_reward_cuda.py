@@ -134,7 +134,6 @@ def test_one_launch(backward):
         )  # fmt: skip
 
     run()
-    torch.cuda.synchronize()
     kernels = device_events(run, "cuda")
     assert len(kernels) == 1, kernels
 

@@ -29,6 +29,9 @@ class Resources(NamedTuple):
     shared: int
     narrow_loads: int  # of 2 bytes a thread: a row of bf16 whose alignment the compiler has lost
     narrow_rows: int  # products with a stride in 32 bits: addresses that end at 2^31 elements
+    # In the order of the code: l a load, c one past the first-level cache, s a store, b a barrier of all threads,
+    # a an atomic that releases and acquires for the whole device, x any other.
+    accesses: str
 
 
 def compile(
@@ -59,7 +62,8 @@ def compile(
         "signature": dict(signature),
         "constexprs": dict(constexprs),
         "capability": capability,
-        "options": {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg},
+        # As the launchers ask for, whatever this Triton's default.
+        "options": {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, "enable_fp_fusion": True},
     }
     worker = _worker()
     assert worker.stdin is not None
@@ -134,7 +138,17 @@ def _compile(
         for _ in (each if isinstance(each, tuple) else (each,))
     ]
     narrow_rows = _narrow_rows(compiled.asm["ttir"], arguments)
-    return Resources(registers, stack, compiled.metadata.shared, narrow_loads, narrow_rows)
+    found = re.findall(r"(ld|st|atom|red)\.global(\S*)|(bar\.sync)", compiled.asm["ptx"])
+    accesses = "".join(_access(*each) for each in found)
+    return Resources(registers, stack, compiled.metadata.shared, narrow_loads, narrow_rows, accesses)
+
+
+def _access(kind: str, how: str, barrier: str) -> str:
+    if barrier:
+        return "b"
+    if kind in ("atom", "red"):
+        return "a" if how.startswith(".gpu.acq_rel") else "x"
+    return "s" if kind == "st" else "c" if how.startswith(".cg") else "l"
 
 
 def _narrow_rows(ttir: str, arguments: list[str]) -> int:

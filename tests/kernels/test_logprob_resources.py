@@ -1,6 +1,7 @@
 """Every configuration of the log-prob and preference kernels compiles for each architecture, and spills nothing."""
 
 import itertools
+import re
 
 import pytest
 
@@ -24,7 +25,7 @@ def signature(kernel, constexprs, *, integers="i32", **types):
         if name in constexprs:
             continue
         if name.endswith("_ptr"):
-            kinds[name] = "*i64:16" if name in ("labels_ptr", "index_ptr", "ids_ptr") else "*fp32:16"
+            kinds[name] = {"index_ptr": "*i64", "labels_ptr": "*i64:16", "ids_ptr": "*i64:16"}.get(name, "*fp32:16")
         elif name in ("inner", "outer", "factor", "beta", "margin") or name[1:].isdigit():
             kinds[name] = "fp32"
         else:
@@ -56,10 +57,12 @@ def test_token_residual(vocabulary, more, residual, capability):
     types = {"residual_ptr": f"{RESIDUALS[residual] or '*fp32'}:16", "logits_stride": "i32:16", "vocabulary": "i32:16"}
     for aligned in (True, False) if residual == "bf16" else (True,):
         hold, block, warps = logprob.plan(vocabulary, capability, more=more, aligned=aligned)
-        assert_fits(
+        cost = assert_fits(
             logprob._token_residual_kernel, options | {"HOLD": hold, "BLOCK": block}, capability, warps,
             **(types | {"residual_stride": "i32:16"} if aligned else {"residual_ptr": types["residual_ptr"]}),
         )  # fmt: skip
+        if residual == "fp32" and not more and warps > 1:  # over the logits, the label's of which all threads read
+            assert re.match(r"l+b", cost.accesses)
 
 
 @ARCHITECTURES

@@ -1,6 +1,9 @@
 """The Triton kernels of probe_reward themselves: arrivals, layouts, gradients; and what each compiles to."""
 
+import gc
 import itertools
+import re
+import weakref
 
 import pytest
 import torch
@@ -62,7 +65,7 @@ def check_forward(got, hidden, index, parameters, gate, *, save_pooled=True):
 
 
 def counters():
-    return [slab for slab, _ in kernels._slabs.values()]
+    return [slab for slabs in kernels._slabs.values() for slab in slabs]
 
 
 @pytest.mark.interpreter
@@ -204,6 +207,19 @@ def test_a_counter_that_is_too_small_grows_and_the_old_one_is_left_at_zero():
     torch.testing.assert_close(got[0], reference.probe_reward(hidden, *parameters, "static")[0])
 
 
+def test_counters_of_a_captured_launch_are_aligned_and_outlive_their_slab():
+    cpu = torch.device("cpu")
+    kernels._arrivals(2, cpu)
+    slab = weakref.ref(kernels._slabs[cpu][-1])
+    cuts = [kernels._take(count, cpu, capturing=True) for count in (9, 3, 40)]
+    # A pointer off 16 bytes would ask for another kernel, which no capture can load.
+    assert all(cut.data_ptr() % 16 == 0 for cut in cuts)
+    del cuts  # a graph holds addresses alone
+    kernels._arrivals(2 * kernels._SLAB, cpu)
+    gc.collect()
+    assert slab() is not None
+
+
 def test_alignment_is_of_every_row():
     like = torch.empty(0, dtype=torch.bfloat16)
     assert kernels._aligned((64, 1024), (8, 4096), like)
@@ -263,7 +279,7 @@ def compile_backward(capability, dtype, gate, *, L=32, aligned=True, parameters=
     }  # fmt: skip
     return compiled(
         kernels._probe_reward_bwd_kernel, signature, constexprs, capability, config.backward_warps,
-        kernels._registers(config.backward_registers, L),
+        kernels._registers(config.backward_registers, L, aligned or not hidden),
     )  # fmt: skip
 
 
@@ -271,6 +287,16 @@ def check_resources(resources, capability, settings):
     assert resources.spills == 0, settings
     assert resources.registers <= 255
     assert resources.shared <= aot.MAX_SHARED[capability]
+
+
+def check_order(accesses, gate):
+    """What a program counts on of the others, from whose atomic on a counter it has learnt that they are through."""
+    assert "x" not in accesses
+    assert not re.search(r"s[^b]*a", accesses), "a store may be outrun by the atomic that announces it"
+    assert not re.search(r"a[^b]*[cl]", accesses), "only the thread of the atomic has acquired"
+    assert "c" in accesses
+    if gate == 0:
+        assert not re.search(r"c[lc]*s", accesses), "a logit may be overwritten before another warp has read it"
 
 
 # Every value of every compile-time choice, beside each other's.
@@ -297,6 +323,8 @@ def test_compiles_without_spills(capability, gate, compile_one):
     for dtype, settings in FORWARDS if compile_one is compile_forward else BACKWARDS:
         resources = compile_one(capability, dtype, gate, **settings)
         check_resources(resources, capability, (dtype, settings))
+        if compile_one is compile_forward:
+            check_order(resources.accesses, gate)
         if dtype == "bf16" and settings.get("aligned", True):
             assert resources.narrow_loads == 0
 

@@ -1,5 +1,7 @@
 """Every configuration of the sparse product's kernels compiles for each architecture, and spills nothing."""
 
+import re
+
 import pytest
 import torch
 
@@ -47,11 +49,20 @@ def test_packed_product(capability, dtype, aligned):
     )  # fmt: skip
 
 
+BEFORE = [(known, "bf16", True) for known in aot.CAPABILITIES] + [(90, "fp16", True)]
+OTHERS_BEFORE = [
+    (known, dtype, aligned)
+    for known in aot.CAPABILITIES
+    for dtype in ("bf16", "fp16", "fp32")
+    for aligned in (True, False)
+    if (known, dtype, aligned) not in BEFORE
+]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "aligned"),
-    [("bf16", True), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("bf16", False), ("fp32", True)))],
+    ("capability", "dtype", "aligned"),
+    [*BEFORE, *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS_BEFORE)],
 )
-@pytest.mark.parametrize("capability", aot.CAPABILITIES)
 def test_what_goes_before(capability, dtype, aligned):
     cost_of(sparse_product._thresholds_kernel, dtype, capability, {"BLOCK": 16384}, aligned=aligned, num_warps=16)
     tile = {"TILE": sparse_product.TILE}
@@ -60,4 +71,6 @@ def test_what_goes_before(capability, dtype, aligned):
         aligned=aligned, num_warps=8,
     )  # fmt: skip
     pack = {"GROUP": sparse_product._PACK_GROUP, "BLOCK": sparse_product._PACK_BLOCK}
-    cost_of(sparse_product._pack_kernel, dtype, capability, tile | pack, aligned=aligned, num_warps=4)
+    packed = cost_of(sparse_product._pack_kernel, dtype, capability, tile | pack, aligned=aligned, num_warps=4)
+    assert "s" in packed.accesses
+    assert not re.search(r"l[^b]*s", packed.accesses), "a row is packed over what a thread has yet to read"

@@ -1,6 +1,7 @@
 """linear_logprob against eager PyTorch in float64: values, gradients, memory, and the defects peers had."""
 
 import importlib
+import threading
 import weakref
 
 import pytest
@@ -10,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from reprdpo.ops import linear_logprob, use_backend
+from reprdpo.ops import head_tiles, linear_logprob, use_backend
 from reprdpo.ops.head_schedule import head_backward, head_forward
-from reprdpo.ops.head_tiles import Needs, default_tile_bytes
+from reprdpo.ops.head_tiles import Needs, default_tile_bytes, exact_matmuls
 from reprdpo.ops.reference import Head
 
 HEADS = {
@@ -405,6 +406,82 @@ def test_float32_means_float32_whatever_the_global_precision(backend):
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
+@pytest.fixture
+def matmul_settings():
+    """As a process starts; whatever a test sets is undone."""
+    backends = torch.backends
+    for test in (True, False):
+        torch.set_float32_matmul_precision("highest")
+        for settings in (backends, backends.cuda.matmul, backends.mkldnn.matmul):
+            settings.fp32_precision = "none"
+        backends.cuda.matmul.allow_fp16_accumulation = False
+        if test:
+            yield backends
+
+
+def matmul_precisions():
+    cuda = torch.backends.cuda.matmul
+    return cuda.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision, cuda.allow_fp16_accumulation
+
+
+def test_exact_matmuls_put_back_what_they_change(matmul_settings):
+    cpu = torch.device("cpu")
+    matmul_settings.fp32_precision = "tf32"  # inherited by both
+    with exact_matmuls(cpu):
+        assert matmul_precisions() == ("ieee", "ieee", False)
+    assert matmul_precisions() == ("tf32", "tf32", False)
+    matmul_settings.fp32_precision = "ieee"
+    assert matmul_precisions() == ("ieee", "ieee", False)
+    torch.set_float32_matmul_precision("medium")
+    matmul_settings.cuda.matmul.allow_fp16_accumulation = True
+
+    def fail():
+        with exact_matmuls(cpu):
+            assert matmul_precisions() == ("ieee", "ieee", False)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert matmul_precisions() == ("tf32", "bf16", True)
+
+
+def test_exact_matmuls_of_two_threads(matmul_settings):
+    torch.set_float32_matmul_precision("high")
+    entered, left = threading.Event(), threading.Event()
+
+    def other():
+        with exact_matmuls(torch.device("cpu")):
+            entered.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=other)
+    with exact_matmuls(torch.device("cpu")):
+        thread.start()
+        entered.wait()
+    assert matmul_precisions() == ("ieee", "ieee", False)  # the other is still inside
+    left.set()
+    thread.join()
+    assert matmul_precisions() == ("tf32", "tf32", False)
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-42, 3e-39, 0.7, 5.0, 3e38])
+def test_the_power_of_two_that_lifts_float16_rows_is_finite(largest):
+    power, undo = head_tiles._power_in_reach(torch.tensor([-largest, largest / 2]))
+    assert (power * undo).item() == 1.0
+    assert power.isfinite().all()
+    assert largest * power.item() <= 2.0
+
+
+def test_nothing_is_multiplied_where_nothing_is_scored():
+    hidden, weight, labels, _ = make(dtype=torch.float32)
+    options = (1.0, None, 1.0, -100, False, False, None, True, True, False)  # as under torch.compile: no index
+    logp, *_ = torch.ops.reprdpo.linear_logprob(hidden, weight, None, torch.full_like(labels, -100), None, *options)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        grads = torch.autograd.grad(logp.sum(), (hidden, weight))
+    assert not [event.name for event in trace.events() if event.name in ("aten::mm", "aten::addmm")]
+    assert not any(grad.any() for grad in grads)
+
+
 def test_mixed_dtypes_take_the_half_precision_one():
     hidden, weight, labels, _ = make(dtype=torch.float32)
     mixed = linear_logprob(hidden.bfloat16(), weight, labels)
@@ -431,6 +508,32 @@ def test_scored_index_and_shapes():
     torch.testing.assert_close(strided, flat)
     for mine, theirs in zip(gradients(strided, hidden, weight), gradients(flat, hidden, weight), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def spread(tensor):
+    """The same numbers with others between them."""
+    return torch.stack([tensor, torch.full_like(tensor, 1)], -1)[..., 0]
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("head_grad", [False, True])
+def test_tensors_that_are_not_dense(head_grad, entropy, backend):
+    hidden, weight, labels, bias = make(12, 9, 20, torch.float32, bias=True)
+    weight.requires_grad_(head_grad)
+    bias.requires_grad_(head_grad)
+    leaves = [x for x in (hidden, weight, bias) if x.requires_grad]
+    scored = (labels != -100).nonzero()[:, 0]
+
+    def run(hidden, weight, bias, labels, scored):
+        out = linear_logprob(hidden, weight, labels, bias=bias, scored_index=scored, return_entropy=entropy)
+        out = out.logprob + out.entropy if entropy else out
+        return [out.detach(), *gradients(out, *leaves)]
+
+    wanted = run(hidden, weight, bias, labels, scored)
+    for other in (spread, lambda x: x.t().contiguous().t() if x.dim() == 2 else spread(x)):
+        found = run(*(other(x) for x in (hidden, weight, bias, labels, scored)))
+        for mine, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(mine, theirs)
 
 
 def test_stats():

@@ -168,6 +168,27 @@ def test_tokens_of_no_sequence_have_no_part(backend, rows):
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("budget", [None, 800])
+def test_tensors_that_are_not_dense(backend, budget):
+    tokens, options = 12, {"beta": 0.3, "num_sequences": 4, "max_tile_bytes": budget}
+    hidden, weight = torch.randn(tokens, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+    labels, ids = torch.randint(0, 7, (tokens, 2)), torch.randint(0, 4, (tokens, 2))
+    numbers = torch.rand(2, 3)
+
+    def run(hidden, *rest):
+        labels, ids, *pairs = rest
+        names = ("ref_chosen_logp", "ref_rejected_logp", "confidence")
+        given = dict(zip(names, pairs, strict=True))
+        out = linear_preference_loss(hidden, weight, labels, sequence_ids=ids, **given, **options)
+        return [out.loss.detach(), out.chosen_logp, *torch.autograd.grad(out.loss, (hidden_leaf, weight))]
+
+    hidden_leaf = hidden
+    strided = (labels[:, 0], ids[:, 0], *numbers.unbind(1))
+    wanted = run(hidden, *(x.contiguous() for x in strided))
+    for mine, theirs in zip(run(hidden.t().contiguous().t(), *strided), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_shift():
     hidden, weight, tokens = padded([4, 6, 5, 3])
     refs = references(2)

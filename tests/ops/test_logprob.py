@@ -135,6 +135,19 @@ def test_a_second_derivative_is_refused_in_place_too():
             grad.square().sum().backward()
 
 
+def test_labels_and_upstream_that_are_not_dense(backend):
+    logits = torch.randn(9, 20, requires_grad=True)
+    labels, upstream = torch.randint(0, 20, (9, 2)), torch.randn(9, 2)
+    dense = logprob(logits, labels[:, 0].contiguous())
+    strided = logprob(logits, labels[:, 0])
+    assert torch.equal(strided, dense)
+    (mine,), (theirs,) = (
+        torch.autograd.grad(value, logits, c)
+        for value, c in ((strided, upstream[:, 0]), (dense, upstream[:, 0].contiguous()))
+    )
+    assert torch.equal(mine, theirs)
+
+
 def test_shapes_and_strides():
     logits, labels = make(12)
     flat = logprob(logits, labels)
