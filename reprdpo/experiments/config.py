@@ -19,6 +19,7 @@ from reprdpo.models import Quantization
 from reprdpo.reward import RewardFitConfig
 from reprdpo.sampling import EngineConfig, SamplingConfig
 from reprdpo.training import OnlineDPOConfig, ReprDPOConfig, ReprSFTConfig, RewardModelConfig
+from reprdpo.training.presets import preset_values
 
 SANDBOX = "sandbox"
 _VARIANT_NAME = re.compile(r"[a-z0-9][a-z0-9_.=-]*")
@@ -171,8 +172,9 @@ class RunConfig:
             self.variant(name)
 
     def training_arguments(self, system: str) -> dict[str, Any]:
-        """``train`` with the overrides of one system over it."""
-        return {**self.train, **self.train_overrides.get(system, {})}
+        """``train`` with the overrides of one system over it, and what their preset gives the fields they leave out."""
+        given = {**self.train, **self.train_overrides.get(system, {})}
+        return preset_values(given.get("preset")) | given
 
     def variant(self, name: str) -> "RunConfig":
         """The settings that the variant ``name`` runs under, its system the only one in them.

@@ -11,7 +11,7 @@ from reprdpo.data import TokenizeConfig
 from reprdpo.errors import UserError
 from reprdpo.ops.reference import PAIR_LOSSES
 from reprdpo.training.kto import LOSS_TYPE as KTO
-from reprdpo.training.presets import DEFAULTS, PRESETS
+from reprdpo.training.presets import DEFAULTS, PRESETS, preset_values
 
 # Where and how fast, and names for what other fields say.
 _INDECISIVE = {"max_tokens_per_device", "precompute_ref_batch_size", "preset", "reference_cache_dir"}
@@ -204,7 +204,7 @@ class ReprDPOConfig(ConfidenceConfig, AdapterConfig, BaseConfig):
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset not in PRESETS:
             raise UserError(f"preset: {self.preset!r} is none of {', '.join(sorted(PRESETS))}")
-        for name, value in (DEFAULTS | PRESETS.get(self.preset or "", {})).items():
+        for name, value in preset_values(self.preset).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         super().__post_init__()

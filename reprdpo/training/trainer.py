@@ -230,14 +230,14 @@ class ReprDPOTrainer(BaseTrainer):
 
     def _score(self, confidence: RewardConfidence, states: list[Tensor], inputs: dict[str, Tensor]) -> ScoredBatch:
         """Gamma from R as it stands, then, in training, R's own step."""
-        training, index_S = self.model.training, inputs["last_token_index"]
+        training, last, index_S = self.model.training, self.accelerator.sync_gradients, inputs["last_token_index"]
         if training:
             size = confidence.reward.probe_weight.shape
-            flop = costs.reward_flop(*size, sequences=len(index_S), update=confidence.updates)
-            self.costs.count(flop, "reward")
+            flop = costs.reward_flop(*size, sequences=len(index_S), gradients=confidence.updates)
+            self.costs.count(flop + (costs.reward_step_flop(*size) if confidence.updates and last else 0), "reward")
         read = indexed_states(states, inputs)
         pooled = (mean_over_tokens(read, inputs), None) if confidence.reads_means else (read, index_S)
-        return confidence.score(*pooled, training=training, last=self.accelerator.sync_gradients)
+        return confidence.score(*pooled, training=training, last=last)
 
     def _reference_logp(self, inputs: dict[str, Tensor], side: str) -> Tensor | None:
         found = inputs.get(f"ref_{side}_logps")

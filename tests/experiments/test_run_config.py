@@ -67,6 +67,14 @@ def test_what_is_wrong_is_named_with_its_file(tmp_path: Path, text: str, message
     assert "\n" not in str(caught.value)
 
 
+def test_a_systems_training_arguments_are_those_it_is_trained_with(tmp_path: Path) -> None:
+    text = MINIMAL + "train: {preset: paper, beta: 0.3}\ntrain_overrides: {reprdpo: {preset: null, beta: 0.2}}\n"
+    config = read(tmp_path, text)
+    paper, plain = config.training_arguments("dpo"), config.training_arguments("reprdpo")
+    assert (paper["alpha"], paper["per_device_train_batch_size"], paper["beta"]) == (7.5, 4, 0.3)
+    assert (plain["alpha"], plain["per_device_train_batch_size"], plain["beta"]) == ("auto", 8, 0.2)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_config(tmp_path / "none.yaml")

@@ -114,7 +114,7 @@ def _accuracy(finished: FinishedRun, name: str) -> dict[str, Cell]:
 
 def _own(finished: FinishedRun) -> str:
     fit, report = finished.config.fit, read_json(finished / "fit" / "report.json")
-    alpha = finished.config.training_arguments(DEFAULT).get("alpha", "auto")
+    alpha = finished.config.training_arguments(DEFAULT)["alpha"]
     chosen = f"auto, here {report['alpha']:.3g}" if alpha == "auto" else str(alpha)
     of = finished.config.sample.best_of or finished.config.sample.num_responses
     return f"alpha {chosen}, mu {fit.margin:g}, gate {fit.gate}, pool {fit.pool}, {of} responses"
