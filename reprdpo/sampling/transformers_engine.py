@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from reprdpo import costs
+from reprdpo.data import pad_sequences
 from reprdpo.errors import UserError
 from reprdpo.models import evaluating, forward_flop
 from reprdpo.sampling.engine import LocalEngine, Response, SamplingConfig, check_finite, pick_tokens, uniforms
@@ -61,8 +62,9 @@ class TransformersEngine(LocalEngine):
         self, prompts: list[list[int]], prompt_ids: list[int], config: SamplingConfig, copies: int
     ) -> Tensor:
         device = self.model.device
-        pad_id, steps = self.tokenizer.pad_token_id or 0, config.max_new_tokens
-        input_ids, mask = _left_padded(prompts, pad_id, device)
+        steps = config.max_new_tokens
+        padded = pad_sequences(prompts, self.tokenizer.pad_token_id or 0, side="left")
+        input_ids, mask = (part.to(device) for part in padded)
         prompt_length = input_ids.shape[1]
         position_ids = (mask.cumsum(-1) - 1).clamp_(min=0)
         cache = growing_cache(self.model, prompt_length + steps)
@@ -155,13 +157,6 @@ def _uniforms(seed: int, prompt_ids: Sequence[int], copies: int, steps: int) -> 
     """Float64 [prompts * copies, steps], a stream a row."""
     streams = [uniforms(seed, number, copy, steps) for number in prompt_ids for copy in range(copies)]
     return torch.from_numpy(np.stack(streams))
-
-
-def _left_padded(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    input_ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return input_ids, mask
 
 
 def _until_end(tokens: list[int], end_ids: frozenset[int]) -> list[int]:

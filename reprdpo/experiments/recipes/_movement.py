@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from reprdpo.data import ResponseCollator, TokenizeConfig, in_kind, is_empty, length_grouped_batches, tokenize_response
+from reprdpo.data import (
+    ResponseCollator,
+    TokenizeConfig,
+    in_kind,
+    is_empty,
+    length_grouped_batches,
+    to_device,
+    tokenize_response,
+)
 from reprdpo.evaluation.stability import effective_sample_size, kendall, ngram_overlap, shared_probability, spearman
 from reprdpo.experiments.stages import Policy
 from reprdpo.reward import HybridReward
@@ -149,7 +157,7 @@ def sequence_logps(model: PreTrainedModel, rows: list[dict[str, Any]], batch_siz
     """log pi(y | x) of each row, summed over the response."""
     collate, found = ResponseCollator(0), [math.nan] * len(rows)  # any token serves as padding: it is masked
     for batch in length_grouped_batches([len(row["input_ids"]) for row in rows], batch_size):
-        inputs = {name: value.to(model.device) for name, value in collate([rows[row] for row in batch]).items()}
+        inputs = to_device(collate([rows[row] for row in batch]), model.device)
         for row, value in zip(batch, batch_logps(model, inputs).tolist(), strict=True):
             found[row] = value
     return found
