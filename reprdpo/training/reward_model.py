@@ -21,12 +21,10 @@ from reprdpo.data import (
     ResponseCollator,
     Text,
     TokenizeConfig,
-    in_kind,
-    is_empty,
     length_grouped_batches,
     to_device,
+    tokenize_nonempty,
     tokenize_preferences,
-    tokenize_response,
 )
 from reprdpo.errors import UserError
 from reprdpo.training.base import BaseTrainer, padding_id
@@ -87,9 +85,7 @@ class BradleyTerryRewardModel(nn.Module):
         batch_size: int = 64,
     ) -> list[float]:
         """Rewards of responses, each to its prompt, in order; NaN for an empty one."""
-        places = [place for place, response in enumerate(responses) if not is_empty(response)]
-        texts = [(prompts[place], in_kind(prompts[place], responses[place])) for place in places]
-        rows = [tokenize_response(tokenizer, *text, config)._asdict() for text in texts]
+        places, rows = tokenize_nonempty(tokenizer, prompts, responses, config)
         rewards = [float("nan")] * len(responses)
         for place, value in zip(places, self.score(rows, batch_size=batch_size), strict=True):
             rewards[place] = value
