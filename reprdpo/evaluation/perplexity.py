@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from reprdpo.data import ResponseCollator, length_grouped_batches, to_device
@@ -15,16 +14,13 @@ from reprdpo.models import evaluating
 
 
 @torch.inference_mode()
-def perplexity(
-    model: PreTrainedModel, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 32, progress: bool = False
-) -> float:
+def perplexity(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 32) -> float:
     """``exp`` of the mean negative log-likelihood over all scored tokens (long texts weigh more than short ones).
 
     Args:
         model: a causal LM; its training mode is left as it was.
         rows: ``input_ids`` and ``response_start`` (tokenised responses); tokens from ``response_start`` on are scored.
         batch_size: sequences a forward.
-        progress: show a progress bar.
 
     Raises:
         UserError: no rows, or not one token to score.
@@ -35,7 +31,7 @@ def perplexity(
     batches = length_grouped_batches([len(row["input_ids"]) for row in rows], batch_size)
     total, count = 0.0, 0
     with evaluating(model):
-        for batch in tqdm(batches, unit=" batches", desc="perplexity", disable=not progress, delay=2):
+        for batch in batches:
             inputs = to_device(collate([rows[row] for row in batch]), model.device)
             total -= float(token_logps(model, inputs).sum(dtype=torch.float64))
             count += inputs["scored_index"].numel()

@@ -89,7 +89,6 @@ class OpenAIEngine:
         prompts: Sequence[Prompt],
         config: SamplingConfig,
         *,
-        num_responses: int | None = None,
         prompt_ids: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, list[Response]]]:
         """See :meth:`Engine.generate`.
@@ -97,7 +96,7 @@ class OpenAIEngine:
         Raises:
             UserError: a prompt too long or refused, a server that cannot be reached, died or answered nonsense.
         """
-        count = num_responses or config.num_responses
+        count = config.num_responses
         ids = range(len(prompts)) if prompt_ids is None else prompt_ids
         copies = 1 if config.temperature == 0 else count
         waiting: deque[tuple[int, list[Future[Response]]]] = deque()

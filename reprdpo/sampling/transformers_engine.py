@@ -29,34 +29,31 @@ class TransformersEngine(LocalEngine):
     """
 
     def _responses(
-        self, encoded: list[list[int]], prompt_ids: Sequence[int], config: SamplingConfig, num_responses: int
+        self, encoded: list[list[int]], prompt_ids: Sequence[int], config: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
         """Batches hold prompts of like length, the longest first."""
         order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
-        size = config.prompts_per_batch(num_responses)
+        size, many = config.prompts_per_batch, config.num_responses
         finished: dict[int, list[Response]] = {}
         following = 0
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             numbers = [prompt_ids[row] for row in rows]
-            tokens = self._sample([encoded[row] for row in rows], numbers, config, num_responses)
+            tokens = self._sample([encoded[row] for row in rows], numbers, config)
             for place, row in enumerate(rows):
-                mine = tokens[place * num_responses : (place + 1) * num_responses]
-                finished[row] = self._decode(encoded[row], mine)
+                finished[row] = self._decode(encoded[row], tokens[place * many : (place + 1) * many])
             while following in finished:
                 yield following, finished.pop(following)
                 following += 1
 
     @torch.inference_mode()
-    def _sample(
-        self, prompts: list[list[int]], prompt_ids: list[int], config: SamplingConfig, num_responses: int
-    ) -> list[list[int]]:
+    def _sample(self, prompts: list[list[int]], prompt_ids: list[int], config: SamplingConfig) -> list[list[int]]:
         """Token lists, the responses of a prompt side by side, each with its end token if it met one."""
-        copies = 1 if config.temperature == 0 else num_responses
+        copies = 1 if config.temperature == 0 else config.num_responses
         with evaluating(self.model):
             sampled_BT = self._decode_loop(prompts, prompt_ids, config, copies)
         rows = [_until_end(row, self._end_ids) for row in sampled_BT.tolist()]
-        return [row for row in rows for _ in range(num_responses // copies)]
+        return [row for row in rows for _ in range(config.num_responses // copies)]
 
     def _decode_loop(
         self, prompts: list[list[int]], prompt_ids: list[int], config: SamplingConfig, copies: int

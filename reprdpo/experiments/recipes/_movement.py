@@ -26,6 +26,7 @@ from reprdpo.statistics import FloatArray
 from reprdpo.training.reference import batch_logps
 
 BLIND = 0.02
+_BATCH_SIZE = 64
 RANKINGS = {
     "reward": "R, of each policy's own states and probes",
     "fixed_reward": "R, probes as before",
@@ -153,10 +154,10 @@ def score(policy: Policy, rewards: dict[str, HybridReward], draws: Sequence[Draw
 
 
 @torch.inference_mode()
-def sequence_logps(model: PreTrainedModel, rows: list[dict[str, Any]], batch_size: int = 64) -> list[float]:
+def sequence_logps(model: PreTrainedModel, rows: list[dict[str, Any]]) -> list[float]:
     """log pi(y | x) of each row, summed over the response."""
     collate, found = ResponseCollator(0), [math.nan] * len(rows)  # any token serves as padding: it is masked
-    for batch in length_grouped_batches([len(row["input_ids"]) for row in rows], batch_size):
+    for batch in length_grouped_batches([len(row["input_ids"]) for row in rows], _BATCH_SIZE):
         inputs = to_device(collate([rows[row] for row in batch]), model.device)
         for row, value in zip(batch, batch_logps(model, inputs).tolist(), strict=True):
             found[row] = value
