@@ -195,6 +195,12 @@ class JsonClient:
         return text.replace(self._key, "***") if self._key else text
 
 
+def api_root(base_url: str) -> str:
+    """Where an OpenAI-compatible API lies: ``base_url``, with /v1 where it has no path."""
+    base_url = base_url.rstrip("/")
+    return base_url if base_url.count("/") > 2 else f"{base_url}/v1"
+
+
 def excerpt(body: bytes | str) -> str:
     """What a server said, on one line: its message where the body is an error in JSON, else the body's beginning."""
     text = body.decode("utf-8", "replace") if isinstance(body, bytes) else body

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from reprdpo.errors import UserError
-from reprdpo.statistics import FloatArray, student_cdf, student_quantile, wilson
+from reprdpo.statistics import FloatArray, p_words, student_cdf, student_quantile, wilson
 
 _UPPER = 0.975  # every interval is of 95 %, two-sided
 
@@ -90,8 +90,7 @@ class Comparison:
         seeds = f"{self.seeds[0]} and {self.seeds[1]} seeds"
         unit = " points" if self.unit == "points" else ""
         interval = f"{middle}{unit}, 95 % interval [{low}, {high}]"
-        p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}"
-        return f"{self.verdict}: {interval}, {p}, {self.n} prompts, {seeds}"
+        return f"{self.verdict}: {interval}, {p_words(self.p)}, {self.n} prompts, {seeds}"
 
 
 def mean_over_seeds(outcomes: Sequence[Sequence[float | None]]) -> Estimate:

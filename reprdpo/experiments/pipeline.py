@@ -15,7 +15,7 @@ from reprdpo.experiments.config import RunConfig, build
 from reprdpo.experiments.finished_run import REWARD_MODEL_REPORT, FinishedRun
 from reprdpo.experiments.overhead import OVERHEAD_FILE, overhead
 from reprdpo.experiments.rows import DRAW, FIT, PAIRING, REWARD_MODEL, Row, rows_of
-from reprdpo.experiments.run_folder import RunFolder
+from reprdpo.experiments.run_folder import RunFolder, row_dir
 from reprdpo.experiments.sources import Inputs, first, flip_labels, read_inputs
 from reprdpo.experiments.stages import (
     Policy,
@@ -295,13 +295,10 @@ class Pipeline:
         return self.base if row.name == "base" else self.reference
 
     def _model_dir(self, name: str, seed: int = 0) -> Path:
-        return self._row_dir(name, seed) / "model"
-
-    def _row_dir(self, name: str, seed: int = 0) -> Path:
-        return self.folder / "systems" / name / f"seed-{seed}"
+        return row_dir(self.folder.path, name, seed) / "model"
 
     def _sft_config(self) -> ReprSFTConfig:
-        return build(ReprSFTConfig, {"output_dir": str(self._row_dir("sft"))} | self.config.sft, "sft")
+        return build(ReprSFTConfig, {"output_dir": str(row_dir(self.folder.path, "sft"))} | self.config.sft, "sft")
 
     def _reward_model_config(self, row: Row) -> RewardModelConfig:
         settings = {"output_dir": str(self._reward_model_dir(row))} | row.config.online.reward_model
@@ -309,7 +306,7 @@ class Pipeline:
 
     def _dpo_config(self, row: Row, seed: int) -> ReprDPOConfig:
         settings: dict[str, Any] = {
-            "output_dir": str(self._row_dir(row.name, seed)),
+            "output_dir": str(row_dir(self.folder.path, row.name, seed)),
             "seed": seed,
             "reference_cache_dir": str(self.folder / "reference"),
             "confidence_source": "reward" if row.system.confidence == "reward" else "fixed",

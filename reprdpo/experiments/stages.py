@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from reprdpo.data import TokenizeConfig, load_preferences, tokenize_preferences, tokenize_responses
+from reprdpo.data import Text, TokenizeConfig, load_preferences, tokenize_preferences, tokenize_responses
 from reprdpo.evaluation import (
     Judge,
     KeywordRefusalJudge,
@@ -25,7 +25,6 @@ from reprdpo.evaluation import (
     write_judged,
 )
 from reprdpo.experiments.config import EvaluateSection, FitSection, OnlineSection, RunConfig
-from reprdpo.experiments.sources import Prompt
 from reprdpo.files import content_hash, disk_errors, read_json, write_json
 from reprdpo.models import Quantization, accelerator, load_causal_lm, load_tokenizer, model_fingerprint
 from reprdpo.reward import FitReport, HybridReward, RewardFitConfig, extract_pair_states, fit_single_layer
@@ -33,6 +32,7 @@ from reprdpo.sampling import (
     EngineConfig,
     PairReport,
     SamplingConfig,
+    Score,
     TransformersEngine,
     build_engine,
     build_pairs,
@@ -41,8 +41,6 @@ from reprdpo.sampling import (
     score_responses,
 )
 from reprdpo.training import BradleyTerryRewardModel, OnlineDPOConfig, OnlineDPOTrainer, last_checkpoint
-
-Score = Callable[[list[Prompt], list[str]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ def train_online(
     tokenizer = policy.tokenizer()
     folder = Path(args.output_dir) / "samples"
 
-    def score(asked: list[Prompt], responses: list[str]) -> list[float]:
+    def score(asked: list[Text], responses: list[str]) -> list[float]:
         return reward_model.score_responses(tokenizer, asked, responses, policy.data)
 
     def resample(model: PreTrainedModel, number: int) -> Dataset:

@@ -30,7 +30,7 @@ from reprdpo.reward import HiddenStateTap, HybridReward
 from reprdpo.training.adapters import with_adapters
 from reprdpo.training.base import BaseTrainer, autocast_dtype, padding_id
 from reprdpo.training.checkpoint import load_state, save_state
-from reprdpo.training.confidence import RewardConfidence, ScoredBatch, check_replicas
+from reprdpo.training.confidence import REWARD_FOLDER, RewardConfidence, ScoredBatch, check_replicas
 from reprdpo.training.config import ReprDPOConfig
 from reprdpo.training.kto import LOSS_TYPE as KTO
 from reprdpo.training.kto import SERVED_BY, KTOBaseline
@@ -47,7 +47,6 @@ from reprdpo.training.metrics import MetricWindow
 from reprdpo.training.reference import reference_logps
 
 STATE_FILE = "preference_state.safetensors"
-REWARD_FOLDER = "reward"
 _COLUMNS = (
     "chosen_input_ids",
     "chosen_response_start",
