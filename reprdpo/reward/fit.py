@@ -230,9 +230,10 @@ class Fitted(NamedTuple):
         return (gate_LS * score_LS).sum(0)
 
     def parameters(self) -> RewardParameters:
+        """Stage 2's, for raw states, float32."""
         probe = self.standardizer.fold(self.span.expand(self.reduced.probe_weight), self.reduced.probe_bias)
         weight, bias = self.reduced.gate_weight, self.reduced.gate_bias
-        if weight is not None and weight.shape == self.reduced.probe_weight.shape:
+        if weight is not None and self.gate == "softmax":
             weight, bias = self.standardizer.fold(self.span.expand(weight), bias)
         return RewardParameters(
             probe[0].float(), probe[1].float(), None if weight is None else weight.float(), bias.float()

@@ -12,7 +12,7 @@ from reprdpo import ops
 from reprdpo.errors import UserError
 from reprdpo.reward import HybridReward, RewardFitConfig, fit_from_states, fit_parameters
 from reprdpo.reward.features import Span, Standardizer
-from reprdpo.reward.fit import RewardParameters, _nll
+from reprdpo.reward.fit import RewardParameters, _nll, fit_stages, stage1_labels
 
 
 def make_states(P: int = 60, L: int = 3, D: int = 12, signal: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -60,6 +60,17 @@ def test_parameters_read_raw_states() -> None:
         scored = [ops.probe_reward(states, None, *parameters, gate=gate).reward for states in (chosen, rejected)]
         assert ((scored[0] > scored[1]).double().mean().item()) == pytest.approx(report.train_accuracy)
         assert report.gate == gate
+
+
+@pytest.mark.parametrize("gate", ["softmax", "static", "vote"])
+@pytest.mark.parametrize(("P", "L", "D"), [(20, 3, 12), (20, 6, 6), (8, 16, 40)], ids=["", "D=L", "S=L"])
+def test_folding_knows_the_gates_weights_from_the_probes(P: int, L: int, D: int, gate: str) -> None:
+    """A vote's V [L, L] is over scores, not features, also where it has the shape of weights on features."""
+    chosen, rejected = make_states(P, L, D)
+    config, states = RewardFitConfig(gate=gate, max_iter=10), torch.cat([chosen, rejected])
+    fitted, _ = fit_stages(states, stage1_labels(P, None, None), list(range(P)), config)
+    found = ops.probe_reward(states, None, *fitted.parameters(), gate=gate).reward
+    torch.testing.assert_close(found, fitted.reward(fitted.features(states)).float(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("D", [12, 300])
