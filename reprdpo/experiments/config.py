@@ -176,6 +176,13 @@ class RunConfig:
         given = {**self.train, **self.train_overrides.get(system, {})}
         return preset_values(given.get("preset")) | given
 
+    def sampling(self) -> SamplingConfig:
+        """How prompts are answered; one over the limits meets what the data section says, as in training."""
+        settings = {f.name: getattr(self.sample, f.name) for f in dataclasses.fields(SamplingConfig)}
+        if self.data.truncation_mode in ("keep_end", "keep_start"):
+            settings["truncation_mode"] = self.data.truncation_mode
+        return SamplingConfig(**settings)
+
     def variant(self, name: str) -> "RunConfig":
         """The settings that the variant ``name`` runs under, its system the only one in them.
 

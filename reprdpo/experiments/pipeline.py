@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 from datasets import Dataset
 
 from reprdpo.data import load_preferences
+from reprdpo.errors import UserError
 from reprdpo.evaluation import build_judge
-from reprdpo.experiments.config import RunConfig, build
+from reprdpo.experiments.config import SANDBOX, RunConfig, build
 from reprdpo.experiments.finished_run import REWARD_MODEL_REPORT, FinishedRun
 from reprdpo.experiments.overhead import OVERHEAD_FILE, overhead
 from reprdpo.experiments.rows import DRAW, FIT, PAIRING, REWARD_MODEL, Row, rows_of
@@ -32,7 +33,6 @@ from reprdpo.experiments.summary import evaluated_seeds, write_summary
 from reprdpo.experiments.systems import SYSTEMS
 from reprdpo.files import content_hash, write_json
 from reprdpo.reward import HybridReward
-from reprdpo.sampling import SamplingConfig
 from reprdpo.training import (
     BradleyTerryRewardModel,
     OnlineDPOConfig,
@@ -88,6 +88,9 @@ class Pipeline:
 
     def check(self) -> None:
         """Read every input and build every configuration, so that what is wrong is said before work starts."""
+        for name in ("preferences", "prompts"):
+            if self.config.model == SANDBOX and getattr(self.config, name) is not None:
+                raise UserError(f"{name}: the sandbox is aligned on its own; name a model for yours, or leave it out")
         build_judge(self.config.evaluate.judge, needs=("unsafe",))
         _ = self.base_pairs, self.benign
         self._sft_config()
@@ -146,7 +149,7 @@ class Pipeline:
             rank_pairs(self.reference, self.reward(row), drawn, output, **pairing)
             return
         prompts = first(self.inputs.prompts, settings.limit)
-        sampling = self._sampling(row)
+        sampling = row.config.sampling()
         sample_pairs(self.reference, self.reward(row), prompts, sampling, output, engine=settings, **pairing)
 
     def reward_model(self, row: Row) -> None:
@@ -163,7 +166,7 @@ class Pipeline:
         args = self._dpo_config(row, seed)
         if isinstance(args, OnlineDPOConfig):
             scorer = self._reward_model(row)
-            train_online(self.reference, self.inputs.prompts, scorer, args, row.config.online, self._sampling(row))
+            train_online(self.reference, self.inputs.prompts, scorer, args, row.config.online, row.config.sampling())
             return
         trainer = ReprDPOTrainer(
             self.reference.model(),
@@ -275,12 +278,6 @@ class Pipeline:
     def _reward_model_dir(self, row: Row) -> Path:
         differs = row.differs(REWARD_MODEL)
         return self.folder / "reward_models" / differs if differs else self.folder / "reward_model"
-
-    def _sampling(self, row: Row) -> SamplingConfig:
-        """How prompts are answered; one over the limits meets what the data section says, as in training."""
-        mode = self.config.data.truncation_mode
-        cuts = mode in ("keep_end", "keep_start")
-        return replace(row.config.sample, truncation_mode=mode) if cuts else row.config.sample
 
     def _check_server(self) -> None:
         """Ask the server that samples for its model, unless it cannot run yet: it may have to serve what SFT makes."""

@@ -1,5 +1,6 @@
 """A run's YAML is read strictly: every key known, every value of its type."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,16 @@ def test_a_systems_training_arguments_are_those_it_is_trained_with(tmp_path: Pat
     paper, plain = config.training_arguments("dpo"), config.training_arguments("reprdpo")
     assert (paper["alpha"], paper["per_device_train_batch_size"], paper["beta"]) == (7.5, 4, 0.3)
     assert (plain["alpha"], plain["per_device_train_batch_size"], plain["beta"]) == ("auto", 8, 0.2)
+
+
+def test_how_prompts_are_answered(tmp_path: Path) -> None:
+    """The sampling alone, whose number of responses the online system sets anew."""
+    text = MINIMAL + "sample: {num_responses: 8, best_of: 4, seed: 3}\n"
+    sampling = read(tmp_path, text).sampling()
+    assert (sampling.num_responses, sampling.seed, sampling.truncation_mode) == (8, 3, "error")
+    assert replace(sampling, num_responses=2).num_responses == 2
+    assert read(tmp_path, text + "data: {truncation_mode: keep_end}\n").sampling().truncation_mode == "keep_end"
+    assert read(tmp_path, text + "data: {truncation_mode: drop}\n").sampling().truncation_mode == "error"
 
 
 def test_missing_file(tmp_path: Path) -> None:

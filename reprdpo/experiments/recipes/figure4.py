@@ -106,7 +106,8 @@ def _draw(job: Job, done: FinishedRun, name: str, rows: Rows, seed: int) -> Resp
     picks, answerer, folder = done.rows[name].system.best_of, Answerer(done, name, seed), job.folder / "responses"
     if picks is None:
         return answerer.draw(rows, 1, folder)
-    responses = answerer.draw(rows, done.config.sample.num_responses, folder)
+    sample = done.config.sample
+    responses = answerer.draw(rows, sample.best_of or sample.num_responses, folder)
     reward = done.reward() if picks == "reward" else done.reward_model()
     return responses.only(best(answerer.score(responses, picks, reward), 1))
 

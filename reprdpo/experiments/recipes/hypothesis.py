@@ -99,14 +99,12 @@ def run(job: Job) -> Result:
 
 def _fresh(policy: Policy, draws: Sequence[Draw], job: Job, name: str) -> list[list[str]]:
     """As many new responses of ``policy`` to each prompt as the run drew, kept in the experiment's folder."""
-    sampling = job.config.sample
-    mode = job.config.data.truncation_mode
-    settings = {f.name: getattr(sampling, f.name) for f in dataclasses.fields(SamplingConfig)}
-    settings |= {"seed": sampling.seed + 1} | ({"truncation_mode": mode} if mode in ("keep_end", "keep_start") else {})
+    sampling = job.config.sampling()
+    sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)
     path = job.folder / f"{name}.jsonl"
     prompts = [{"prompt": draw.prompt} for draw in draws]
     engine = TransformersEngine(policy.model(), policy.tokenizer())
-    records = read_samples(sample_responses(engine, prompts, path, SamplingConfig(**settings), progress=False))
+    records = read_samples(sample_responses(engine, prompts, path, sampling, progress=False))
     return [[response["text"] for response in record["responses"]] for record in records]
 
 
