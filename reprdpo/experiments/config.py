@@ -22,6 +22,14 @@ from reprdpo.training import OnlineDPOConfig, ReprDPOConfig, ReprSFTConfig, Rewa
 from reprdpo.training.presets import preset_values
 
 SANDBOX = "sandbox"
+# Training arguments that a run's own settings decide, and which of these do.
+_OF_THE_RUN = {
+    "output_dir": "output_dir",
+    "seed": "seeds",
+    "max_length": "data.max_length",
+    "max_prompt_length": "data.max_prompt_length",
+    "truncation_mode": "data.truncation_mode",
+}
 _VARIANT_NAME = re.compile(r"[a-z0-9][a-z0-9_.=-]*")
 
 
@@ -163,11 +171,11 @@ class RunConfig:
             raise UserError(f"holdout: must be between 0 and 1, not {self.holdout}")
         if not 0 <= self.label_noise <= 0.5:
             raise UserError(f"label_noise: must be from 0 to 0.5, not {self.label_noise}")
-        _check_keys("train", self.train, ReprDPOConfig)
-        _check_keys("sft", self.sft, ReprSFTConfig)
-        _check_keys("online.reward_model", self.online.reward_model, RewardModelConfig)
+        _check_training("train", self.train, ReprDPOConfig)
+        _check_training("sft", self.sft, ReprSFTConfig)
+        _check_training("online.reward_model", self.online.reward_model, RewardModelConfig)
         for system, values in self.train_overrides.items():
-            _check_keys(f"train_overrides.{system}", values, _trainer_config(system))
+            _check_training(f"train_overrides.{system}", values, _trainer_config(system))
         for name in self.variants:
             self.variant(name)
 
@@ -200,7 +208,7 @@ class RunConfig:
             raise UserError(f"{where}.system: {system!r} is unknown{_closest(system, SYSTEMS)}")
         if system in ("base", "sft"):
             raise UserError(f"{where}.system: {system!r} is what all is measured against; give it a run of its own")
-        _check_keys(f"{where}.train", variant.train, _trainer_config(system))
+        _check_training(f"{where}.train", variant.train, _trainer_config(system))
         own_training = {**self.train_overrides.get(system, {}), **variant.train}
         return dataclasses.replace(
             self,
@@ -323,6 +331,13 @@ def _check_keys(where: str, values: Mapping[str, Any], cls: type[Any]) -> None:
     for key in values:
         if key not in known:
             raise UserError(f"{_dotted(where, str(key))}: no such key{_closest(str(key), known)}")
+
+
+def _check_training(where: str, values: Mapping[str, Any], cls: type[Any]) -> None:
+    _check_keys(where, values, cls)
+    for name in values:
+        if name in _OF_THE_RUN and not (name == "seed" and cls in (ReprSFTConfig, RewardModelConfig)):
+            raise UserError(f"{where}.{name}: is decided for the whole run; set {_OF_THE_RUN[name]} instead")
 
 
 def _closest(name: str, known: Any) -> str:
