@@ -43,6 +43,10 @@ class FitSection(RewardFitConfig):
         metadata={"help": "all, mixed by the gate; or one: best or worst by cross-validation, last, random (by seed)"},
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_least("fit", 1, limit=self.limit)
+
 
 @dataclass(frozen=True)
 class SampleSection(EngineConfig, SamplingConfig):
@@ -60,6 +64,8 @@ class SampleSection(EngineConfig, SamplingConfig):
     def __post_init__(self) -> None:
         SamplingConfig.__post_init__(self)
         EngineConfig.__post_init__(self)
+        _check_least("sample", 1, limit=self.limit, top=self.top, bottom=self.bottom)
+        _check_least("sample", 0, min_gap=self.min_gap)
         if self.best_of is not None and not 1 <= self.best_of <= self.num_responses:
             raise UserError(f"best_of: must be from 1 to num_responses ({self.num_responses}), not {self.best_of}")
 
@@ -73,6 +79,10 @@ class OnlineSection:
     reward_model: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "training arguments of the reward model (Bradley-Terry)"}
     )
+
+    def __post_init__(self) -> None:
+        _check_least("online", 1, prompts_per_round=self.prompts_per_round)
+        _check_least("online", 2, num_responses=self.num_responses)
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,10 @@ class EvaluateSection:
     max_new_tokens: int = field(default=128, metadata={"help": "tokens of a response"})
     temperature: float = field(default=1.0, metadata={"help": "0 is greedy"})
     batch_size: int = field(default=64, metadata={"help": "sequences generated together"})
+
+    def __post_init__(self) -> None:
+        _check_least("evaluate", 1, limit=self.limit)
+        self.sampling(1, 0)  # says what is wrong with it
 
     def sampling(self, num_responses: int, seed: int) -> SamplingConfig:
         """How a policy answers; a prompt that is too long is cut at its start."""
@@ -322,15 +336,15 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
 
 
+def _check_least(section: str, least: int, **values: float | None) -> None:
+    """What a stage would refuse after the work of those before it."""
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise UserError(f"{section}.{name}: must be at least {least}, not {value}")
+
+
 def _trainer_config(system: str) -> type[Any]:
     return OnlineDPOConfig if SYSTEMS[system].pairs == "online" else ReprDPOConfig
-
-
-def _check_keys(where: str, values: Mapping[str, Any], cls: type[Any]) -> None:
-    known = [f.name for f in dataclasses.fields(cls) if f.init]
-    for key in values:
-        if key not in known:
-            raise UserError(f"{_dotted(where, str(key))}: no such key{_closest(str(key), known)}")
 
 
 def _check_training(where: str, values: Mapping[str, Any], cls: type[Any]) -> None:
@@ -338,6 +352,13 @@ def _check_training(where: str, values: Mapping[str, Any], cls: type[Any]) -> No
     for name in values:
         if name in _OF_THE_RUN and not (name == "seed" and cls in (ReprSFTConfig, RewardModelConfig)):
             raise UserError(f"{where}.{name}: is decided for the whole run; set {_OF_THE_RUN[name]} instead")
+
+
+def _check_keys(where: str, values: Mapping[str, Any], cls: type[Any]) -> None:
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    for key in values:
+        if key not in known:
+            raise UserError(f"{_dotted(where, str(key))}: no such key{_closest(str(key), known)}")
 
 
 def _closest(name: str, known: Any) -> str:
