@@ -133,7 +133,9 @@ class ConfidenceConfig:
     alpha: float | str | None = _help(None, 'Steepness of gamma, or "auto" (default): the one fitted with the reward.')
     squash: bool | None = _help(None, "gamma from squashed rewards; unset: as the reward was fitted.")
     confidence_floor: float | None = _help(None, "Smallest gamma (default: none).")
-    confidence_reduce: Literal["batch"] | None = _help(None, '"batch": every pair takes the mean gamma of its batch.')
+    confidence_reduce: Literal["batch"] | None = _help(
+        None, '"batch": every pair takes the mean gamma of its batch on its process.'
+    )
     update_reward: bool = _help(True, "Update the reward once per optimizer step on the batch's own states.")
     reward_learning_rate: float = _help(1e-3, "Learning rate of the reward's own Adam.")
     reward_margin: float = _help(None, f"mu of Eq. 7 in the update (default {DEFAULTS['reward_margin']}).")
@@ -223,8 +225,12 @@ class ReprDPOConfig(ConfidenceConfig, AdapterConfig, BaseConfig):
         _check(self.packing in packings, "packing", self.packing, f"one of {', '.join(packings)}")
         _check(self.max_row_tokens >= 1, "max_row_tokens", self.max_row_tokens, "an integer of at least 1")
         _check(0 <= self.fixed_confidence <= 1, "fixed_confidence", self.fixed_confidence, "a number from 0 to 1")
-        if self.confidence_reduce == "batch" and self.max_tokens_per_device is not None:
-            raise UserError("confidence_reduce: a batch that max_tokens_per_device splits has no gamma; unset one")
+        split = {
+            "max_tokens_per_device": self.max_tokens_per_device is not None,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps > 1,
+        }
+        if self.confidence_reduce == "batch" and (by := [name for name, splits in split.items() if splits]):
+            raise UserError(f"confidence_reduce: a batch that {by[0]} splits has no gamma; unset one")
         batch = self.precompute_ref_batch_size
         _check(batch >= 1, "precompute_ref_batch_size", batch, "an integer of at least 1")
 
