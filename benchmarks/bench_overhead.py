@@ -285,8 +285,9 @@ def parts_of(system: str, model: LlamaForCausalLM | None, shape: Decoder, length
 def flop_of(system: str, shape: Decoder, length: int) -> int:
     """As arXiv 2503.10093 counts: 2 N a token drawn or scored, 6 N a token learned from."""
     N = shape.parameters
+    reward = costs.reward_flop(shape.layers, shape.hidden, sequences=2 * P, gradients=True)
     return {
-        "reprdpo": costs.reward_flop(shape.layers, shape.hidden, sequences=2 * P, update=True),
+        "reprdpo": reward + costs.reward_step_flop(shape.layers, shape.hidden),
         "SWIFT head": 2 * 4 * shape.layers * shape.hidden * length * 2 * P,
         "reward model": 2 * N * length * 2 * P,
         "online, 2 samples": P * costs.online_flop(N, length),

@@ -136,12 +136,14 @@ class Stopwatch:
         return event
 
 
-def reward_flop(num_layers: int, hidden_size: int, *, sequences: int, update: bool = False) -> int:
-    """Scoring ``sequences``: two dot products a layer, 4 L D each; with ``update`` as much for the parameters'
-    gradients, and Adam's dozen operations on each of the 2 L (D + 1) parameters.
-    """
-    score = 4 * num_layers * hidden_size * sequences
-    return 2 * score + 12 * 2 * num_layers * (hidden_size + 1) if update else score
+def reward_flop(num_layers: int, hidden_size: int, *, sequences: int, gradients: bool = False) -> int:
+    """Scoring ``sequences``: two dot products a layer, 4 L D each; as much again for the parameters' ``gradients``."""
+    return (1 + gradients) * 4 * num_layers * hidden_size * sequences
+
+
+def reward_step_flop(num_layers: int, hidden_size: int) -> int:
+    """Adam's dozen operations on each of the reward's 2 L (D + 1) parameters, once an optimizer step."""
+    return 12 * 2 * num_layers * (hidden_size + 1)
 
 
 def online_flop(parameters: int, tokens: int, *, responses: int = 2) -> int:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -77,6 +77,11 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: is not JSON ({error}); delete it and run the command that made it again") from None
 
 
+def write_jsonl(path: str | Path, values: Iterable[Any]) -> None:
+    """Write one JSON value a line, atomically; NaN and infinities become null."""
+    write_text(path, "".join(map(_json_line, values)))
+
+
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
     """Yield ``(line number, value)`` from a file of our own writing; a torn last line is passed over."""
     path = Path(path)
@@ -107,7 +112,7 @@ class JsonlWriter:
 
     def write(self, value: Any) -> None:
         with disk_errors(self.path):
-            self._file.write(json.dumps(finite(value), ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.write(_json_line(value))
             self._file.flush()
 
     def close(self) -> None:
@@ -158,6 +163,10 @@ def content_hash(*values: Any) -> str:
             digest.update(json.dumps(value, sort_keys=True, default=str).encode())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
+
+
+def _json_line(value: Any) -> str:
+    return json.dumps(finite(value), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _cut_torn_line(path: Path) -> None:

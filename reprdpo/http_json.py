@@ -20,6 +20,7 @@ RETRIED_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 60.0
 _LARGEST_ANSWER = 32 * 2**20
+_LONGEST_EXCERPT = 200
 
 
 class StoppedError(Exception):
@@ -194,7 +195,13 @@ class JsonClient:
         return text.replace(self._key, "***") if self._key else text
 
 
-def excerpt(body: bytes | str, length: int = 200) -> str:
+def api_root(base_url: str) -> str:
+    """Where an OpenAI-compatible API lies: ``base_url``, with /v1 where it has no path."""
+    base_url = base_url.rstrip("/")
+    return base_url if base_url.count("/") > 2 else f"{base_url}/v1"
+
+
+def excerpt(body: bytes | str) -> str:
     """What a server said, on one line: its message where the body is an error in JSON, else the body's beginning."""
     text = body.decode("utf-8", "replace") if isinstance(body, bytes) else body
     with contextlib.suppress(ValueError):
@@ -205,7 +212,7 @@ def excerpt(body: bytes | str, length: int = 200) -> str:
         text = found if isinstance(found, str) else json.dumps(found)
     line = "".join(character if character.isprintable() else " " for character in text)
     line = " ".join(line.split())
-    return (line if len(line) <= length else line[: length - 3] + "...") or "nothing"
+    return (line if len(line) <= _LONGEST_EXCERPT else line[: _LONGEST_EXCERPT - 3] + "...") or "nothing"
 
 
 def _parts(url: str) -> tuple[bool, str, int | None, str]:

@@ -81,6 +81,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def accelerator() -> torch.device | None:
+    """The accelerator, where there is one."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
 def load_causal_lm(
     path: str | Path,
     *,

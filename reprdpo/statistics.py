@@ -93,6 +93,11 @@ def student_quantile(probability: float, freedom: float) -> float:
     return high
 
 
+def p_words(p: float) -> str:
+    """A p-value as a text says it."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
 def _clustered(values: Sequence[float] | FloatArray, groups: Iterable[object]) -> tuple[float, float, int, int]:
     """Mean, its cluster-robust variance, how many values and how many clusters."""
     array = np.asarray(values, dtype=np.float64)

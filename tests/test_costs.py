@@ -95,9 +95,10 @@ def test_forward_flop_is_what_the_profiler_sees(tied: bool):
 def test_the_formulas_of_the_compute_claim():
     # METHOD: at 7B the marginal ratio is 4e6 at T=64, 3e7 at 512, 3e8 at 4096 (Adam, once a batch, left out).
     for tokens, ratio in ((64, 4e6), (512, 3e7), (4096, 3e8)):
-        ours = 2 * costs.reward_flop(32, 4096, sequences=2)
+        ours = costs.reward_flop(32, 4096, sequences=2, gradients=True)
         assert costs.online_flop(6_700_000_000, tokens) / ours == pytest.approx(ratio, rel=0.4)
     assert costs.reward_flop(3, 5, sequences=7) == 4 * 3 * 5 * 7
-    assert costs.reward_flop(3, 5, sequences=7, update=True) == 2 * 4 * 3 * 5 * 7 + 12 * 2 * 3 * 6
+    assert costs.reward_flop(3, 5, sequences=7, gradients=True) == 2 * 4 * 3 * 5 * 7
+    assert costs.reward_step_flop(3, 5) == 12 * 2 * 3 * 6
     assert costs.online_flop(10, 3) == 2 * 10 * 10 * 3
     assert costs.online_flop(10, 3, responses=8) == (8 * 4 + 12) * 10 * 3

@@ -19,6 +19,7 @@ from reprdpo.files import (
     read_json,
     read_jsonl,
     write_json,
+    write_jsonl,
     write_text,
 )
 
@@ -31,6 +32,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask, "readable by whom the umask says, not by the owner alone"
+
+
+def test_lines_written_are_read_and_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ({"é": value} for value in (1, float("nan"))))
+    assert (tmp_path / "a.jsonl").read_text(encoding="utf-8") == '{"é": 1}\n{"é": null}\n'
+    assert list(read_jsonl(tmp_path / "a.jsonl")) == [(1, {"é": 1}), (2, {"é": None})]
+    write_jsonl(tmp_path / "a.jsonl", [])
+    assert list(read_jsonl(tmp_path / "a.jsonl")) == []
 
 
 def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -1,6 +1,13 @@
 """Preference data: one schema, readers, tokenisation, collators, the sandbox world."""
 
-from reprdpo.data.collate import IGNORE_INDEX, PreferenceCollator, ResponseCollator, length_grouped_batches
+from reprdpo.data.collate import (
+    IGNORE_INDEX,
+    PreferenceCollator,
+    ResponseCollator,
+    length_grouped_batches,
+    pad_sequences,
+    to_device,
+)
 from reprdpo.data.packing import Layout, PackingCollator, pair_tokens
 from reprdpo.data.readers import kinds_of, load_preferences, load_prompts, load_responses, local_files
 from reprdpo.data.schema import Message, Text, in_kind, is_empty, kind_of
@@ -10,6 +17,7 @@ from reprdpo.data.tokenize import (
     TokenizedPair,
     TokenizedResponse,
     render_prompt,
+    tokenize_nonempty,
     tokenize_pair,
     tokenize_preferences,
     tokenize_prompt,
@@ -38,8 +46,11 @@ __all__ = [
     "load_prompts",
     "load_responses",
     "local_files",
+    "pad_sequences",
     "pair_tokens",
     "render_prompt",
+    "to_device",
+    "tokenize_nonempty",
     "tokenize_pair",
     "tokenize_preferences",
     "tokenize_prompt",

@@ -39,25 +39,21 @@ class _Padding:
         if not sequences:
             raise ValueError("no rows to collate")
         check_starts(starts, [len(ids) for ids in sequences])
-        flat = torch.from_numpy(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences]))
-        length_S1 = torch.tensor([[len(ids)] for ids in sequences])
+        input_ids_ST, mask_ST = pad_sequences(
+            sequences, self.pad_token_id, side=self.padding_side, multiple_of=self.pad_to_multiple_of or 1
+        )
+        first_S1, length_S1 = mask_ST.argmax(1, keepdim=True), mask_ST.sum(1, keepdim=True)
         start_S1 = torch.tensor([[int(start)] for start in starts])
-        multiple = self.pad_to_multiple_of or 1
-        padded = -(-int(length_S1.max()) // multiple) * multiple
-        offset_S1 = padded - length_S1 if self.padding_side == "left" else torch.zeros_like(length_S1)
-
-        position_T = torch.arange(padded)
-        real_ST = (position_T >= offset_S1) & (position_T < offset_S1 + length_S1)
-        input_ids_ST = torch.full((len(sequences), padded), self.pad_token_id).masked_scatter_(real_ST, flat)
+        position_T = torch.arange(mask_ST.shape[1])
         # Position t predicts token t + 1.
-        scored_ST = (position_T >= offset_S1 + start_S1 - 1) & (position_T < offset_S1 + length_S1 - 1)
+        scored_ST = (position_T >= first_S1 + start_S1 - 1) & (position_T < first_S1 + length_S1 - 1)
         labels_ST = input_ids_ST.roll(-1, dims=1).masked_fill_(~scored_ST, IGNORE_INDEX)
         return {
             "input_ids": input_ids_ST,
-            "attention_mask": real_ST.long(),
+            "attention_mask": mask_ST,
             "labels": labels_ST,
             "scored_index": scored_ST.flatten().nonzero().flatten(),
-            "last_token_index": (offset_S1 + length_S1 - 1).flatten(),
+            "last_token_index": (first_S1 + length_S1 - 1).flatten(),
         }
 
 
@@ -105,6 +101,24 @@ class ResponseCollator(_Padding):
         if "row_id" in rows[0]:
             batch["row_id"] = torch.tensor([int(row["row_id"]) for row in rows])
         return batch
+
+
+def pad_sequences(
+    sequences: Sequence[Any], pad_token_id: int, *, side: Literal["left", "right"] = "right", multiple_of: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Token ids [S, T] of sequences of unequal length, and their attention mask (1 real, 0 padding), both int64."""
+    length_S1 = torch.tensor([[len(ids)] for ids in sequences])
+    padded = -(-int(length_S1.max()) // multiple_of) * multiple_of
+    position_T = torch.arange(padded)
+    real_ST = position_T >= padded - length_S1 if side == "left" else position_T < length_S1
+    flat = torch.from_numpy(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences]))
+    ids_ST = torch.full(real_ST.shape, pad_token_id).masked_scatter_(real_ST, flat)
+    return ids_ST, real_ST.long()
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on ``device``; what else it holds as it is."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def check_starts(starts: Sequence[int], lengths: Sequence[int]) -> None:

@@ -22,7 +22,7 @@ import jinja2
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
-from reprdpo.data.schema import PREFERENCES, RESPONSES, Text
+from reprdpo.data.schema import PREFERENCES, RESPONSES, Text, in_kind, is_empty
 from reprdpo.errors import UserError
 from reprdpo.files import content_hash
 
@@ -92,17 +92,15 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> str:
     return prompt if isinstance(prompt, str) else _apply_template(tokenizer, prompt, add_generation_prompt=True)
 
 
-def tokenize_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Text, config: TokenizeConfig, *, max_new_tokens: int = 0
-) -> list[int]:
-    """The ids to generate from: the prompt alone, cut by the module's rules to leave ``max_new_tokens``.
+def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text, config: TokenizeConfig) -> list[int]:
+    """The ids to generate from: the prompt alone, cut by the module's rules.
 
     Raises:
         PromptTooLongError: in the modes ``error`` and ``drop``.
     """
     (ids,) = _prompt_ids(tokenizer, [prompt])
     ids = _without_last(tokenizer.eos_token_id, ids)
-    return _cut_prompt([ids], len(ids), config, tokenizer.bos_token_id, config.max_length - max_new_tokens)[0]
+    return _cut_prompt([ids], len(ids), config, tokenizer.bos_token_id, config.max_length)[0]
 
 
 def tokenize_pair(
@@ -130,6 +128,19 @@ def tokenize_response(
     if isinstance(found, PromptTooLongError):
         raise found
     return TokenizedResponse(found[0][0], found[1][0])
+
+
+def tokenize_nonempty(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], responses: Sequence[Text], config: TokenizeConfig
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """The places of the responses that are not empty, and their rows; a text that answers a chat is the assistant's.
+
+    Raises:
+        UserError: as :func:`tokenize_response`.
+    """
+    places = [place for place, response in enumerate(responses) if not is_empty(response)]
+    texts = [(prompts[place], in_kind(prompts[place], responses[place])) for place in places]
+    return places, [tokenize_response(tokenizer, *text, config)._asdict() for text in texts]
 
 
 def tokenize_preferences(

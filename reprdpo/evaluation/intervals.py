@@ -12,7 +12,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from reprdpo.errors import UserError
-from reprdpo.statistics import FloatArray, student_cdf, student_quantile, wilson
+from reprdpo.statistics import FloatArray, p_words, student_cdf, student_quantile, wilson
+
+_UPPER = 0.975  # every interval is of 95 %, two-sided
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,13 @@ class Rate:
     high: float
 
     @classmethod
-    def of(cls, k: int, n: int, *, level: float = 0.95) -> "Rate":
+    def of(cls, k: int, n: int) -> "Rate":
         """The rate of ``k`` events in ``n`` trials."""
         if not 0 <= k <= n:
             raise ValueError(f"k and n: got {k} of {n}; expected 0 <= k <= n")
         if n == 0:
             return cls(0, 0, math.nan, 0.0, 1.0)
-        low, high = wilson(k / n, n, NormalDist().inv_cdf((1 + level) / 2))
+        low, high = wilson(k / n, n, NormalDist().inv_cdf(_UPPER))
         return cls(k, n, k / n, low, high)
 
 
@@ -88,11 +90,10 @@ class Comparison:
         seeds = f"{self.seeds[0]} and {self.seeds[1]} seeds"
         unit = " points" if self.unit == "points" else ""
         interval = f"{middle}{unit}, 95 % interval [{low}, {high}]"
-        p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}"
-        return f"{self.verdict}: {interval}, {p}, {self.n} prompts, {seeds}"
+        return f"{self.verdict}: {interval}, {p_words(self.p)}, {self.n} prompts, {seeds}"
 
 
-def mean_over_seeds(outcomes: Sequence[Sequence[float | None]], *, level: float = 0.95) -> Estimate:
+def mean_over_seeds(outcomes: Sequence[Sequence[float | None]]) -> Estimate:
     """The mean rate over seeds with an interval that reflects both prompts and seeds.
 
     Prompts and seeds are crossed random effects. With the mean squares of a two-way table without replication,
@@ -116,14 +117,14 @@ def mean_over_seeds(outcomes: Sequence[Sequence[float | None]], *, level: float 
     prompt, variance = _mean_variance(outcomes_SP)
     total = prompt.value + variance.value
     if total == 0:
-        low, high = wilson(mean, prompts, NormalDist().inv_cdf((1 + level) / 2))
+        low, high = wilson(mean, prompts, NormalDist().inv_cdf(_UPPER))
     else:
-        quantile = student_quantile((1 + level) / 2, _satterthwaite([prompt, variance]))
+        quantile = student_quantile(_UPPER, _satterthwaite([prompt, variance]))
         low, high = wilson(mean, mean * (1 - mean) / total, quantile)
     return Estimate(mean, low, high, prompts, seeds, unparsed)
 
 
-def score_over_seeds(scores: Sequence[Sequence[float | None]], *, level: float = 0.95) -> Estimate:
+def score_over_seeds(scores: Sequence[Sequence[float | None]]) -> Estimate:
     """As :func:`mean_over_seeds` for numbers without bounds (a reward model's): Student's symmetric interval.
 
     Args:
@@ -135,13 +136,11 @@ def score_over_seeds(scores: Sequence[Sequence[float | None]], *, level: float =
     scores_SP, unparsed = _complete(_table(scores))
     seeds, prompts = scores_SP.shape
     mean, parts = float(scores_SP.mean()), _mean_variance(scores_SP)
-    width = _width(parts, level) if prompts > 1 else math.inf
+    width = _width(parts) if prompts > 1 else math.inf
     return Estimate(mean, mean - width, mean + width, prompts, seeds, unparsed)
 
 
-def compare(
-    first: Sequence[Sequence[float | None]], second: Sequence[Sequence[float | None]], *, level: float = 0.95
-) -> Comparison:
+def compare(first: Sequence[Sequence[float | None]], second: Sequence[Sequence[float | None]]) -> Comparison:
     """``first``'s rate minus ``second``'s, paired by prompt, each with seeds of its own.
 
     The variance is that of the prompts' differences (which the pairing makes small) plus each system's seed variance;
@@ -155,21 +154,18 @@ def compare(
         UserError: as :func:`mean_over_seeds`, or another number of prompts in one than in the other.
     """
     # One discordant prompt is added to the sum of squares: two systems that never differed are not known to be equal.
-    found = _compare(first, second, level, extra_square=1)
+    found = _compare(first, second, extra_square=1)
     return replace(found, low=max(-1.0, found.low), high=min(1.0, found.high))
 
 
-def compare_scores(
-    first: Sequence[Sequence[float | None]], second: Sequence[Sequence[float | None]], *, level: float = 0.95
-) -> Comparison:
+def compare_scores(first: Sequence[Sequence[float | None]], second: Sequence[Sequence[float | None]]) -> Comparison:
     """As :func:`compare` for numbers without bounds, such as a reward model's scores."""
-    return replace(_compare(first, second, level, extra_square=0), unit="score")
+    return replace(_compare(first, second, extra_square=0), unit="score")
 
 
 def _compare(
     first: Sequence[Sequence[float | None]],
     second: Sequence[Sequence[float | None]],
-    level: float,
     *,
     extra_square: int,
 ) -> Comparison:
@@ -188,7 +184,7 @@ def _compare(
     prompt = _Variance(squares / (prompts * max(1, prompts - 1)), max(1, prompts - 1))
     parts = [prompt, _seed_variance(first_SP), _seed_variance(second_SP)]
     error = math.sqrt(sum(part.value for part in parts))
-    width = _width(parts, level) if extra_square or prompts > 1 else math.inf
+    width = _width(parts) if extra_square or prompts > 1 else math.inf
     p = 2 * (1 - student_cdf(abs(difference) / error, _satterthwaite(parts))) if error else float(difference == 0)
     seeds = (len(first_SP), len(second_SP))
     return Comparison(difference, difference - width, difference + width, min(1.0, p), prompts, seeds, unparsed)
@@ -240,7 +236,7 @@ def _satterthwaite(parts: Sequence[_Variance]) -> float:
     return total**2 / sum(part.value**2 / part.freedom for part in parts)
 
 
-def _width(parts: Sequence[_Variance], level: float) -> float:
+def _width(parts: Sequence[_Variance]) -> float:
     """Half of Student's interval around a mean."""
     total = sum(part.value for part in parts)
-    return student_quantile((1 + level) / 2, _satterthwaite(parts)) * math.sqrt(total) if total else 0.0
+    return student_quantile(_UPPER, _satterthwaite(parts)) * math.sqrt(total) if total else 0.0

@@ -8,7 +8,7 @@ from typing import Any
 
 from reprdpo.errors import UserError
 from reprdpo.evaluation.judges import Judgement, Prompt
-from reprdpo.files import write_text
+from reprdpo.files import write_jsonl
 
 CHOICES = ("first", "best")
 
@@ -67,9 +67,8 @@ def check_prompts(records: Sequence[ResponseRecord], prompts: Sequence[Mapping[s
 
 def write_judged(path: str | Path, records: Sequence[ResponseRecord], judgements: Sequence[Judgement]) -> None:
     """Write one line a response with the judge's word: readable again by :func:`read_responses`."""
-    lines = []
-    for record, judgement in zip(records, judgements, strict=True):
-        row = {
+    rows = [
+        {
             "prompt_id": record.prompt_id,
             "prompt": record.prompt,
             "category": record.category,
@@ -81,8 +80,9 @@ def write_judged(path: str | Path, records: Sequence[ResponseRecord], judgements
             "score": judgement.score,
             "compliance": judgement.compliance,
         }
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text(path, "".join(lines))
+        for record, judgement in zip(records, judgements, strict=True)
+    ]
+    write_jsonl(path, rows)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -12,15 +12,12 @@ def side_by_side(
     systems: Mapping[str, Sequence[ResponseRecord]],
     *,
     judgements: Mapping[str, Sequence[Judgement]] | None = None,
-    limit: int | None = None,
 ) -> list[dict[str, Any]]:
     """One record a prompt: ``{"prompt_id", "prompt", "category", "responses": {system: {"text", ...}}}``.
 
     Args:
         systems: each system's responses, to the same prompts.
         judgements: each system's judgements in the same order; adds ``unsafe`` and ``refusal`` to its responses.
-        limit: keep this many prompts, those on which the systems differ most in ``unsafe`` first (without
-            judgements, the first ones).
 
     Raises:
         UserError: no system, or systems that answered different prompts.
@@ -31,7 +28,7 @@ def side_by_side(
     first = systems[names[0]]
     for name in names[1:]:
         _check_same_prompts(names[0], first, name, systems[name])
-    rows: list[dict[str, Any]] = [
+    return [
         {
             "prompt_id": record.prompt_id,
             "prompt": record.prompt,
@@ -40,9 +37,6 @@ def side_by_side(
         }
         for place, record in enumerate(first)
     ]
-    if limit is not None and limit < len(rows):
-        rows = sorted(rows, key=lambda row: -_disagreement(row["responses"]))[:limit]
-    return rows
 
 
 def _answer(
@@ -72,8 +66,3 @@ def _check_same_prompts(
                 f"side by side: {one} and {other} answered different prompts at prompt_id {record.prompt_id}; "
                 "evaluate both on one prompt set"
             )
-
-
-def _disagreement(answers: Mapping[str, Mapping[str, Any]]) -> int:
-    unsafe = sum(answer.get("unsafe") is True for answer in answers.values())
-    return min(unsafe, len(answers) - unsafe)

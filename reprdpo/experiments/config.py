@@ -19,8 +19,17 @@ from reprdpo.models import Quantization
 from reprdpo.reward import RewardFitConfig
 from reprdpo.sampling import EngineConfig, SamplingConfig
 from reprdpo.training import OnlineDPOConfig, ReprDPOConfig, ReprSFTConfig, RewardModelConfig
+from reprdpo.training.presets import preset_values
 
 SANDBOX = "sandbox"
+# Training arguments that a run's own settings decide, and which of these do.
+_OF_THE_RUN = {
+    "output_dir": "output_dir",
+    "seed": "seeds",
+    "max_length": "data.max_length",
+    "max_prompt_length": "data.max_prompt_length",
+    "truncation_mode": "data.truncation_mode",
+}
 _VARIANT_NAME = re.compile(r"[a-z0-9][a-z0-9_.=-]*")
 
 
@@ -33,6 +42,10 @@ class FitSection(RewardFitConfig):
         default="all",
         metadata={"help": "all, mixed by the gate; or one: best or worst by cross-validation, last, random (by seed)"},
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_least("fit", 1, limit=self.limit)
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,8 @@ class SampleSection(EngineConfig, SamplingConfig):
     def __post_init__(self) -> None:
         SamplingConfig.__post_init__(self)
         EngineConfig.__post_init__(self)
+        _check_least("sample", 1, limit=self.limit, top=self.top, bottom=self.bottom)
+        _check_least("sample", 0, min_gap=self.min_gap)
         if self.best_of is not None and not 1 <= self.best_of <= self.num_responses:
             raise UserError(f"best_of: must be from 1 to num_responses ({self.num_responses}), not {self.best_of}")
 
@@ -64,6 +79,10 @@ class OnlineSection:
     reward_model: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "training arguments of the reward model (Bradley-Terry)"}
     )
+
+    def __post_init__(self) -> None:
+        _check_least("online", 1, prompts_per_round=self.prompts_per_round)
+        _check_least("online", 2, num_responses=self.num_responses)
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,10 @@ class EvaluateSection:
     max_new_tokens: int = field(default=128, metadata={"help": "tokens of a response"})
     temperature: float = field(default=1.0, metadata={"help": "0 is greedy"})
     batch_size: int = field(default=64, metadata={"help": "sequences generated together"})
+
+    def __post_init__(self) -> None:
+        _check_least("evaluate", 1, limit=self.limit)
+        self.sampling(1, 0)  # says what is wrong with it
 
     def sampling(self, num_responses: int, seed: int) -> SamplingConfig:
         """How a policy answers; a prompt that is too long is cut at its start."""
@@ -162,17 +185,25 @@ class RunConfig:
             raise UserError(f"holdout: must be between 0 and 1, not {self.holdout}")
         if not 0 <= self.label_noise <= 0.5:
             raise UserError(f"label_noise: must be from 0 to 0.5, not {self.label_noise}")
-        _check_keys("train", self.train, ReprDPOConfig)
-        _check_keys("sft", self.sft, ReprSFTConfig)
-        _check_keys("online.reward_model", self.online.reward_model, RewardModelConfig)
+        _check_training("train", self.train, ReprDPOConfig)
+        _check_training("sft", self.sft, ReprSFTConfig)
+        _check_training("online.reward_model", self.online.reward_model, RewardModelConfig)
         for system, values in self.train_overrides.items():
-            _check_keys(f"train_overrides.{system}", values, _trainer_config(system))
+            _check_training(f"train_overrides.{system}", values, _trainer_config(system))
         for name in self.variants:
             self.variant(name)
 
     def training_arguments(self, system: str) -> dict[str, Any]:
-        """``train`` with the overrides of one system over it."""
-        return {**self.train, **self.train_overrides.get(system, {})}
+        """``train`` with the overrides of one system over it, and what their preset gives the fields they leave out."""
+        given = {**self.train, **self.train_overrides.get(system, {})}
+        return preset_values(given.get("preset")) | given
+
+    def sampling(self) -> SamplingConfig:
+        """How prompts are answered; one over the limits meets what the data section says, as in training."""
+        settings = {f.name: getattr(self.sample, f.name) for f in dataclasses.fields(SamplingConfig)}
+        if self.data.truncation_mode in ("keep_end", "keep_start"):
+            settings["truncation_mode"] = self.data.truncation_mode
+        return SamplingConfig(**settings)
 
     def variant(self, name: str) -> "RunConfig":
         """The settings that the variant ``name`` runs under, its system the only one in them.
@@ -191,7 +222,7 @@ class RunConfig:
             raise UserError(f"{where}.system: {system!r} is unknown{_closest(system, SYSTEMS)}")
         if system in ("base", "sft"):
             raise UserError(f"{where}.system: {system!r} is what all is measured against; give it a run of its own")
-        _check_keys(f"{where}.train", variant.train, _trainer_config(system))
+        _check_training(f"{where}.train", variant.train, _trainer_config(system))
         own_training = {**self.train_overrides.get(system, {}), **variant.train}
         return dataclasses.replace(
             self,
@@ -305,8 +336,22 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
 
 
+def _check_least(section: str, least: int, **values: float | None) -> None:
+    """What a stage would refuse after the work of those before it."""
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise UserError(f"{section}.{name}: must be at least {least}, not {value}")
+
+
 def _trainer_config(system: str) -> type[Any]:
     return OnlineDPOConfig if SYSTEMS[system].pairs == "online" else ReprDPOConfig
+
+
+def _check_training(where: str, values: Mapping[str, Any], cls: type[Any]) -> None:
+    _check_keys(where, values, cls)
+    for name in values:
+        if name in _OF_THE_RUN and not (name == "seed" and cls in (ReprSFTConfig, RewardModelConfig)):
+            raise UserError(f"{where}.{name}: is decided for the whole run; set {_OF_THE_RUN[name]} instead")
 
 
 def _check_keys(where: str, values: Mapping[str, Any], cls: type[Any]) -> None:

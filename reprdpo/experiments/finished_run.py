@@ -11,8 +11,13 @@ from reprdpo.evaluation import Rate, compare, mean_over_seeds
 from reprdpo.experiments.config import RunConfig
 from reprdpo.experiments.results import Cell, Column, Interval, Ordering
 from reprdpo.experiments.rows import FIT, Row, rows_of
+from reprdpo.experiments.run_folder import row_dir
 from reprdpo.experiments.summary import Outcomes, read_outcomes
 from reprdpo.files import read_json, read_jsonl
+from reprdpo.reward import HybridReward
+from reprdpo.training import BradleyTerryRewardModel
+from reprdpo.training.confidence import REWARD_FOLDER
+from reprdpo.training.metrics import METRICS_FILE
 
 REWARD_MODEL_REPORT = "report.json"
 
@@ -27,8 +32,7 @@ COLUMNS = (
 
 def share_of(outcomes: Outcomes) -> Interval:
     """The mean rate over seeds, with its interval for other prompts and other seeds."""
-    found = mean_over_seeds(outcomes)
-    return Interval(found.mean, found.low, found.high, found.n, found.unparsed)
+    return Interval.of(mean_over_seeds(outcomes))
 
 
 def accuracy_of(report: Mapping[str, Any]) -> Interval:
@@ -70,8 +74,21 @@ class FinishedRun:
         if name == "base" or (self.rows[name].system.pairs is None and "sft" not in self.config.systems):
             return self.base_model
         if self.rows[name].system.pairs is None:
-            return str(self.path / "systems" / "sft" / "seed-0" / "model")
-        return str(self.path / "systems" / name / f"seed-{seed}" / "model")
+            return str(row_dir(self.path, "sft") / "model")
+        return str(row_dir(self.path, name, seed) / "model")
+
+    def reward(self) -> HybridReward:
+        """The run's reward as it was fitted."""
+        return HybridReward.from_pretrained(self.path / "reward")
+
+    def moved_reward(self, name: str, seed: int) -> HybridReward | None:
+        """The reward as the training of the row ``name`` left it; None where it moved none."""
+        folder = Path(self.model(name, seed)) / REWARD_FOLDER
+        return HybridReward.from_pretrained(folder) if folder.is_dir() else None
+
+    def reward_model(self) -> BradleyTerryRewardModel:
+        """The reward model that the run trained."""
+        return BradleyTerryRewardModel.from_pretrained(self.path / "reward_model" / "model")
 
     def outcomes(self, name: str, what: Literal["unsafe", "refusal"] = "unsafe") -> Outcomes:
         """Whether each answer was unsafe, or each one to a borderline prompt a refusal; one list a seed.
@@ -109,7 +126,7 @@ class FinishedRun:
 
     def metrics(self, name: str) -> list[list[dict[str, Any]]]:
         """The lines of the training's log, a list a seed."""
-        logs = [self.path / "systems" / name / f"seed-{seed}" / "metrics.jsonl" for seed in self.seeds]
+        logs = [row_dir(self.path, name, seed) / METRICS_FILE for seed in self.seeds]
         return [[line for _, line in read_jsonl(log)] for log in logs]
 
     def table_row(self, name: str) -> dict[str, Cell]:
@@ -127,6 +144,11 @@ class FinishedRun:
         """The claim that the row ``low`` is less toxic than ``high``, with its test, paired by prompt."""
         claim = f"{self.rows[low].label} below {self.rows[high].label}"
         return Ordering.of(claim, compare(self.outcomes(low), self.outcomes(high)))
+
+    def difference(self, name: str, other: str) -> dict[str, Cell]:
+        """The toxic rate of the row ``name`` less that of ``other``, paired by prompt, and its p."""
+        found = compare(self.outcomes(name), self.outcomes(other))
+        return {"difference": Interval.of(found), "p": found.p}
 
     def orderings(self, claims: Sequence[tuple[str, str]]) -> list[Ordering]:
         """:meth:`below` of every claim whose two rows are there."""

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from reprdpo import costs
+
 OVERHEAD_FILE = "overhead.json"
 Stages = Mapping[str, Mapping[str, Any]]
 
-# FLOP a pair in units of N T: the policy's forward and backward over two responses, and the extra of online sampling,
-# two responses drawn (2 N T each), scored (2 N T) and the reward model trained on them (6 N T).
-_POLICY, _ONLINE = 2 * 6, 2 * (2 + 2 + 6)
+# FLOP a pair in units of N T: the policy's forward and backward over two responses, and the extra of online sampling.
+_POLICY, _ONLINE = 2 * 6, costs.online_flop(1, 1)
 
 
 def overhead(stages: Stages) -> dict[str, Any] | None:

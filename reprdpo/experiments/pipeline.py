@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 from datasets import Dataset
 
 from reprdpo.data import load_preferences
+from reprdpo.errors import UserError
 from reprdpo.evaluation import build_judge
-from reprdpo.experiments.config import RunConfig, build
+from reprdpo.experiments.config import SANDBOX, RunConfig, build
 from reprdpo.experiments.finished_run import REWARD_MODEL_REPORT, FinishedRun
 from reprdpo.experiments.overhead import OVERHEAD_FILE, overhead
 from reprdpo.experiments.rows import DRAW, FIT, PAIRING, REWARD_MODEL, Row, rows_of
-from reprdpo.experiments.run_folder import RunFolder
+from reprdpo.experiments.run_folder import RunFolder, row_dir
 from reprdpo.experiments.sources import Inputs, first, flip_labels, read_inputs
 from reprdpo.experiments.stages import (
     Policy,
@@ -32,7 +33,6 @@ from reprdpo.experiments.summary import evaluated_seeds, write_summary
 from reprdpo.experiments.systems import SYSTEMS
 from reprdpo.files import content_hash, write_json
 from reprdpo.reward import HybridReward
-from reprdpo.sampling import SamplingConfig
 from reprdpo.training import (
     BradleyTerryRewardModel,
     OnlineDPOConfig,
@@ -88,6 +88,9 @@ class Pipeline:
 
     def check(self) -> None:
         """Read every input and build every configuration, so that what is wrong is said before work starts."""
+        for name in ("preferences", "prompts"):
+            if self.config.model == SANDBOX and getattr(self.config, name) is not None:
+                raise UserError(f"{name}: the sandbox is aligned on its own; name a model for yours, or leave it out")
         build_judge(self.config.evaluate.judge, needs=("unsafe",))
         _ = self.base_pairs, self.benign
         self._sft_config()
@@ -146,7 +149,7 @@ class Pipeline:
             rank_pairs(self.reference, self.reward(row), drawn, output, **pairing)
             return
         prompts = first(self.inputs.prompts, settings.limit)
-        sampling = self._sampling(row)
+        sampling = row.config.sampling()
         sample_pairs(self.reference, self.reward(row), prompts, sampling, output, engine=settings, **pairing)
 
     def reward_model(self, row: Row) -> None:
@@ -163,7 +166,7 @@ class Pipeline:
         args = self._dpo_config(row, seed)
         if isinstance(args, OnlineDPOConfig):
             scorer = self._reward_model(row)
-            train_online(self.reference, self.inputs.prompts, scorer, args, row.config.online, self._sampling(row))
+            train_online(self.reference, self.inputs.prompts, scorer, args, row.config.online, row.config.sampling())
             return
         trainer = ReprDPOTrainer(
             self.reference.model(),
@@ -276,12 +279,6 @@ class Pipeline:
         differs = row.differs(REWARD_MODEL)
         return self.folder / "reward_models" / differs if differs else self.folder / "reward_model"
 
-    def _sampling(self, row: Row) -> SamplingConfig:
-        """How prompts are answered; one over the limits meets what the data section says, as in training."""
-        mode = self.config.data.truncation_mode
-        cuts = mode in ("keep_end", "keep_start")
-        return replace(row.config.sample, truncation_mode=mode) if cuts else row.config.sample
-
     def _check_server(self) -> None:
         """Ask the server that samples for its model, unless it cannot run yet: it may have to serve what SFT makes."""
         settings = self.config.sample
@@ -295,13 +292,10 @@ class Pipeline:
         return self.base if row.name == "base" else self.reference
 
     def _model_dir(self, name: str, seed: int = 0) -> Path:
-        return self._row_dir(name, seed) / "model"
-
-    def _row_dir(self, name: str, seed: int = 0) -> Path:
-        return self.folder / "systems" / name / f"seed-{seed}"
+        return row_dir(self.folder.path, name, seed) / "model"
 
     def _sft_config(self) -> ReprSFTConfig:
-        return build(ReprSFTConfig, {"output_dir": str(self._row_dir("sft"))} | self.config.sft, "sft")
+        return build(ReprSFTConfig, {"output_dir": str(row_dir(self.folder.path, "sft"))} | self.config.sft, "sft")
 
     def _reward_model_config(self, row: Row) -> RewardModelConfig:
         settings = {"output_dir": str(self._reward_model_dir(row))} | row.config.online.reward_model
@@ -309,7 +303,7 @@ class Pipeline:
 
     def _dpo_config(self, row: Row, seed: int) -> ReprDPOConfig:
         settings: dict[str, Any] = {
-            "output_dir": str(self._row_dir(row.name, seed)),
+            "output_dir": str(row_dir(self.folder.path, row.name, seed)),
             "seed": seed,
             "reference_cache_dir": str(self.folder / "reference"),
             "confidence_source": "reward" if row.system.confidence == "reward" else "fixed",

@@ -11,16 +11,16 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from reprdpo.data import Text
 from reprdpo.errors import UserError
 from reprdpo.evaluation import Judge, Judgement, judge_responses, mean_over_seeds
 from reprdpo.experiments.finished_run import FinishedRun
 from reprdpo.experiments.results import Interval
-from reprdpo.experiments.sources import Prompt
-from reprdpo.experiments.stages import Policy, Score, by_reward
+from reprdpo.experiments.stages import Policy, by_reward
 from reprdpo.files import content_hash
 from reprdpo.models import model_fingerprint
 from reprdpo.reward import HybridReward
-from reprdpo.sampling import TransformersEngine, rank_responses, read_samples, sample_responses
+from reprdpo.sampling import Score, TransformersEngine, rank_responses, read_samples, sample_responses
 from reprdpo.training import BradleyTerryRewardModel
 
 Value = TypeVar("Value")
@@ -31,7 +31,7 @@ class Responses:
     """What a policy answered: ``prompts`` [P], ``texts`` [P][N]; ``path`` is the file of samples."""
 
     path: Path
-    prompts: list[Prompt]
+    prompts: list[Text]
     texts: list[list[str]]
 
     def only(self, places: Sequence[Sequence[int]]) -> "Responses":
@@ -39,7 +39,7 @@ class Responses:
         rows = zip(self.texts, places, strict=True)
         return replace(self, texts=[[texts[place] for place in chosen] for texts, chosen in rows])
 
-    def flat(self) -> tuple[list[Prompt], list[str]]:
+    def flat(self) -> tuple[list[Text], list[str]]:
         """One prompt and one text a response, P x N."""
         prompts = [prompt for prompt, texts in zip(self.prompts, self.texts, strict=True) for _ in texts]
         return prompts, [text for texts in self.texts for text in texts]

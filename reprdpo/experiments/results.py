@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from reprdpo.evaluation import Comparison
+from reprdpo.evaluation import Comparison, Estimate
 
 FORMAT = "reprdpo-experiment-1"
 RESULT_FILE = "result.json"
@@ -19,6 +19,12 @@ class Interval:
     high: float | None = None
     n: int | None = None
     unparsed: int = 0
+
+    @classmethod
+    def of(cls, found: Estimate | Comparison) -> "Interval":
+        """A mean over seeds, or the difference of two systems."""
+        value = found.mean if isinstance(found, Estimate) else found.difference
+        return cls(value, found.low, found.high, found.n, found.unparsed)
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,11 @@ class RunFolder:
         return handle
 
 
+def row_dir(run: Path, name: str, seed: int = 0) -> Path:
+    """Where the training of a run's row lies."""
+    return run / "systems" / name / f"seed-{seed}"
+
+
 def shared_settings(config: dict[str, Any]) -> dict[str, Any]:
     """What every system of a run has in common, and runs that share a folder with it."""
     added = ("systems", "variants", "seeds", "evaluate")

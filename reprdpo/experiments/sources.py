@@ -12,8 +12,6 @@ from reprdpo.errors import UserError
 from reprdpo.experiments.config import SANDBOX, RunConfig
 from reprdpo.files import content_hash
 
-Prompt = str | list[dict[str, str]]
-
 
 @dataclass(frozen=True)
 class Inputs:

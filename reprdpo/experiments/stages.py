@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from reprdpo.data import TokenizeConfig, load_preferences, tokenize_preferences, tokenize_responses
+from reprdpo.data import Text, TokenizeConfig, load_preferences, tokenize_preferences, tokenize_responses
 from reprdpo.evaluation import (
     Judge,
     KeywordRefusalJudge,
@@ -26,14 +25,14 @@ from reprdpo.evaluation import (
     write_judged,
 )
 from reprdpo.experiments.config import EvaluateSection, FitSection, OnlineSection, RunConfig
-from reprdpo.experiments.sources import Prompt
 from reprdpo.files import content_hash, disk_errors, read_json, write_json
-from reprdpo.models import Quantization, load_causal_lm, load_tokenizer, model_fingerprint
+from reprdpo.models import Quantization, accelerator, load_causal_lm, load_tokenizer, model_fingerprint
 from reprdpo.reward import FitReport, HybridReward, RewardFitConfig, extract_pair_states, fit_single_layer
 from reprdpo.sampling import (
     EngineConfig,
     PairReport,
     SamplingConfig,
+    Score,
     TransformersEngine,
     build_engine,
     build_pairs,
@@ -42,8 +41,6 @@ from reprdpo.sampling import (
     score_responses,
 )
 from reprdpo.training import BradleyTerryRewardModel, OnlineDPOConfig, OnlineDPOTrainer, last_checkpoint
-
-Score = Callable[[list[Prompt], list[str]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class Policy:
         return load_causal_lm(
             self.path,
             dtype=self.dtype,
-            device=_device(),
+            device=accelerator(),
             trust_remote_code=self.trust_remote_code,
             quantization=self.quantization,
         )
@@ -166,7 +163,7 @@ def keep_model(output: Path, save: Callable[[str], None], *, main: bool = True) 
 
 def measure_reward_model(model: BradleyTerryRewardModel, pairs: Dataset) -> Rate:
     """The share of tokenised ``pairs`` whose chosen response the model gives the higher reward."""
-    model.to(_device() or "cpu")
+    model.to(accelerator() or "cpu")
 
     def rewards(side: str) -> list[float]:
         columns = (pairs[f"{side}_input_ids"], pairs[f"{side}_response_start"])
@@ -188,7 +185,7 @@ def train_online(
     tokenizer = policy.tokenizer()
     folder = Path(args.output_dir) / "samples"
 
-    def score(asked: list[Prompt], responses: list[str]) -> list[float]:
+    def score(asked: list[Text], responses: list[str]) -> list[float]:
         return reward_model.score_responses(tokenizer, asked, responses, policy.data)
 
     def resample(model: PreTrainedModel, number: int) -> Dataset:
@@ -282,10 +279,6 @@ def evaluate_policy(
     }
     write_json(Path(f"{output}.json"), result)
     return result
-
-
-def _device() -> torch.device | None:
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
 def _perplexity(model: PreTrainedModel, benign: Dataset, path: Path) -> float:

@@ -1,6 +1,5 @@
 """The run's table: every system over its seeds, and which of the paper's orderings hold."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from reprdpo.evaluation import Judgement, compare, mean_over_seeds, read_respons
 from reprdpo.experiments.results import Ordering
 from reprdpo.experiments.rows import Row
 from reprdpo.experiments.systems import ORDERINGS, SYSTEMS
-from reprdpo.files import read_json, read_jsonl, write_json, write_text
+from reprdpo.files import read_json, read_jsonl, write_json, write_jsonl
 
 Outcomes = list[list[bool | None]]
 
@@ -55,7 +54,7 @@ def _write_side_by_side(folder: Path, answered: dict[str, Path]) -> None:
             for label, path in answered.items()
         },
     )
-    write_text(folder / "side_by_side.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_jsonl(folder / "side_by_side.jsonl", rows)
 
 
 def _responses(folder: Path, name: str, seed: int) -> Path:

@@ -24,7 +24,7 @@ from reprdpo.models import unwrap
 from reprdpo.ops import LinearPreferenceLoss
 from reprdpo.reward import HiddenStateTap, HybridReward
 from reprdpo.training.checkpoint import load_state, save_state
-from reprdpo.training.confidence import RewardConfidence, ScoredBatch, check_replicas
+from reprdpo.training.confidence import REWARD_FOLDER, RewardConfidence, ScoredBatch, check_replicas
 from reprdpo.training.config import ConfidenceConfig
 from reprdpo.training.layout import mean_over_tokens
 from reprdpo.training.metrics import MetricWindow
@@ -39,7 +39,6 @@ except ModuleNotFoundError as error:
     ) from None
 
 STATE_FILE = "representation_state.safetensors"
-REWARD_FOLDER = "reward"
 # TRL's names whose losses are the same here; the others have no flipped form, or are not made of pairs.
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down")
 _NOT_THE_MODELS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")

@@ -82,6 +82,14 @@ def check_finite_scalar(
         raise ValueError(f"{name} must be in [{minimum:g}, {maximum:g}], not {value}")
 
 
+def check_integer(name: str, value: Any, minimum: int | None = None) -> None:
+    """``TypeError`` unless ``value`` is an int, ``ValueError`` where it is under ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, not {value}")
+
+
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """``ValueError`` unless ``value`` is one of ``choices``."""
     if value not in choices:

@@ -157,17 +157,9 @@ def check_head_arguments(
     checks.check_finite_scalar("temperature", temperature, positive=True)
     if softcap is not None:
         checks.check_finite_scalar("softcap", softcap, positive=True)
-    check_integer("ignore_index", ignore_index)
+    checks.check_integer("ignore_index", ignore_index)
     if max_tile_bytes is not None:
-        check_integer("max_tile_bytes", max_tile_bytes, minimum=1)
-
-
-def check_integer(name: str, value: Any, minimum: int | None = None) -> None:
-    """``TypeError`` unless ``value`` is an int, ``ValueError`` where it is under ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
-    if minimum is not None and value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, not {value}")
+        checks.check_integer("max_tile_bytes", max_tile_bytes, minimum=1)
 
 
 def check_scored_index(scored_index: Tensor | None, labels: Tensor) -> None:

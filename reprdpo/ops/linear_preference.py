@@ -25,7 +25,6 @@ from reprdpo.ops.head_tiles import Needs, select_head, triton_kernels
 from reprdpo.ops.linear_logprob import (
     as_autocast_would,
     check_head_arguments,
-    check_integer,
     check_scored_index,
     empty_gradients,
     gradient_needs,
@@ -177,7 +176,7 @@ def _sequences(
     checks.check_integer_dtype("sequence_ids", sequence_ids)
     checks.check_shape("sequence_ids", sequence_ids, (labels.numel(),), meaning="[N]")
     checks.check_same_device(hidden=hidden, sequence_ids=sequence_ids)
-    check_integer("num_sequences", num_sequences, minimum=0)
+    checks.check_integer("num_sequences", num_sequences, minimum=0)
     if num_sequences % 2:
         raise ValueError(f"the number of sequences must be even, chosen and then rejected, not {num_sequences}")
     return sequence_ids.long(), num_sequences

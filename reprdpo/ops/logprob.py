@@ -12,7 +12,6 @@ from torch import Tensor
 from reprdpo.ops import backend, checks, reference
 from reprdpo.ops.backend import Backend
 from reprdpo.ops.head_tiles import default_tile_bytes, triton_kernels
-from reprdpo.ops.linear_logprob import check_integer
 
 backend.declare("logprob", cpu=("native",), cuda=("triton",))
 
@@ -50,7 +49,7 @@ def logprob(
     checks.check_shape("labels", labels, logits.shape[:-1], meaning="logits' without V")
     checks.check_same_device(logits=logits, labels=labels)
     checks.check_finite_scalar("temperature", temperature, positive=True)
-    check_integer("ignore_index", ignore_index)
+    checks.check_integer("ignore_index", ignore_index)
     logp_N, _ = _logprob(
         logits.reshape(-1, logits.shape[-1]),
         labels.reshape(-1).long().contiguous(),

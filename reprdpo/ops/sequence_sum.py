@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from reprdpo.ops import backend, checks, reference
-from reprdpo.ops.linear_logprob import check_integer
 
 backend.declare("sequence_sum")
 
@@ -48,7 +47,7 @@ def sequence_sum(
     if sequence_ids is not None:
         checks.check_integer_dtype("sequence_ids", sequence_ids)
         checks.check_shape("sequence_ids", sequence_ids, token_logprob.shape, meaning="[N]")
-        check_integer("num_sequences", num_sequences, minimum=0)
+        checks.check_integer("num_sequences", num_sequences, minimum=0)
     if cu_seqlens is not None:
         checks.check_integer_dtype("cu_seqlens", cu_seqlens)
         checks.check_rank("cu_seqlens", cu_seqlens, 1, meaning="[S + 1]")

@@ -3,6 +3,7 @@
 import re
 
 from reprdpo.report.content import Lines, Ordering, Orderings, Page, Table, Value
+from reprdpo.statistics import p_words
 
 NONE = "—"
 
@@ -49,7 +50,7 @@ def verdict_words(ordering: Ordering) -> str:
     if ordering.low is not None and ordering.high is not None:
         parts.append(f"95 % interval [{ordering.low:+.3g}, {ordering.high:+.3g}]")
     if ordering.p is not None:
-        parts.append("p < 0.001" if ordering.p < 0.001 else f"p = {ordering.p:.3f}")
+        parts.append(p_words(ordering.p))
     return ", ".join(part for part in [*parts, ordering.detail] if part)
 
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _EDGE = 0.01
+_BINS = 10  # of [.5, 1]
+_DRAWS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,21 +65,21 @@ def calibrated_alpha(gap: Tensor) -> float:
     return (low + high) / 2
 
 
-def calibration(gap: Tensor, alpha: float, *, bins: int = 10) -> Calibration:
+def calibration(gap: Tensor, alpha: float) -> Calibration:
     """Calibration of sigma(alpha * gap) over gaps [P] of pairs, chosen minus rejected."""
     gap = gap.double()
     gamma = torch.sigmoid(alpha * gap)
     forecast, right = torch.maximum(gamma, 1 - gamma), right_rankings(gap)
-    place = _bin(forecast, bins)
+    place = _bin(forecast)
     table, error = [], 0.0
-    for i in range(bins):
+    for i in range(_BINS):
         inside = place == i
         count = int(inside.sum())
         confidence = forecast[inside].mean().item() if count else None
         accuracy = right[inside].mean().item() if count else None
         if confidence is not None and accuracy is not None:
             error += count / len(gap) * abs(confidence - accuracy)
-        table.append(ReliabilityBin(0.5 + 0.5 * i / bins, 0.5 + 0.5 * (i + 1) / bins, count, confidence, accuracy))
+        table.append(ReliabilityBin(0.5 + 0.5 * i / _BINS, 0.5 + 0.5 * (i + 1) / _BINS, count, confidence, accuracy))
     return Calibration(
         alpha=alpha,
         nll=F.softplus(-alpha * gap).mean().item(),
@@ -87,16 +89,16 @@ def calibration(gap: Tensor, alpha: float, *, bins: int = 10) -> Calibration:
     )
 
 
-def ece_noise(gap: Tensor, alpha: float, *, bins: int = 10, draws: int = 200, seed: int = 0) -> float:
+def ece_noise(gap: Tensor, alpha: float) -> float:
     """The calibration error that ``sigma(alpha * gap)`` [P] would show by chance alone, were it perfectly calibrated.
 
     The mean over rankings drawn from the forecasts themselves: bins of few pairs err, so that the error of a small set
     is never 0.
     """
     gamma = torch.sigmoid(alpha * gap.double().abs())
-    drawn = torch.rand(draws, len(gamma), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = torch.rand(_DRAWS, len(gamma), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     excess = gamma.cpu() - (drawn < gamma.cpu()).double()
-    inside = F.one_hot(_bin(gamma.cpu(), bins), bins).double()
+    inside = F.one_hot(_bin(gamma.cpu()), _BINS).double()
     return ((excess @ inside).abs().sum(1) / len(gamma)).mean().item()
 
 
@@ -110,6 +112,6 @@ def right_rankings(gap: Tensor) -> Tensor:
     return (gap > 0).double() + 0.5 * (gap == 0).double()
 
 
-def _bin(forecast: Tensor, bins: int) -> Tensor:
+def _bin(forecast: Tensor) -> Tensor:
     """The bin of [.5, 1] each forecast lies in."""
-    return ((forecast - 0.5) * 2 * bins).ceil().long().clamp(1, bins) - 1
+    return ((forecast - 0.5) * 2 * _BINS).ceil().long().clamp(1, _BINS) - 1

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from reprdpo.errors import UserError
 from reprdpo.reward.calibration import Calibration, calibrated_alpha, calibration, ece_noise, right_rankings
-from reprdpo.reward.fit import PAPER_ALPHA, RewardFitConfig, fit_probes, fit_stages, stage1_labels
-from reprdpo.reward.folds import grouped_folds
+from reprdpo.reward.fit import PAPER_ALPHA, RewardFitConfig, fit_probes, fit_stages, probe_scores, stage1_labels
+from reprdpo.reward.folds import both_sides, grouped_folds, rows_but
 from reprdpo.reward.states_file import check_states
 from reprdpo.reward.swift import fit_swift_head
 from reprdpo.statistics import ClusteredMean, clustered_mean, clustered_share
@@ -185,8 +185,8 @@ def _cross_validate(
     found = {name: torch.empty(P, 2, dtype=torch.float64) for name in asked if not name.startswith("oracle")}
     best_layers: list[int] = []
     for held in tqdm(split, desc="cross-validating rewards", unit="fold", leave=False, delay=2):
-        kept = _others(held, P)
-        rows, test = torch.cat([kept, kept + P]), torch.cat([held, held + P])
+        kept = rows_but(held, P)
+        rows, test = both_sides(kept, P), both_sides(held, P)
         own = [groups[i] for i in kept.tolist()]
         training, tested, label = states[rows], states[test], label_S[rows]
         fitted, _ = fit_stages(training, label, own, config)
@@ -214,10 +214,10 @@ def _best_layer(features_LSR: Tensor, label_S: Tensor, groups: list[object], con
     split = grouped_folds(groups, config.folds, config.seed + 1)
     scores_PL2 = torch.empty(P, L, 2, dtype=torch.float64)
     for held in split:
-        kept = _others(held, P)
-        rows, test = torch.cat([kept, kept + P]), torch.cat([held, held + P])
+        kept = rows_but(held, P)
+        rows, test = both_sides(kept, P), both_sides(held, P)
         probes = fit_probes(features_LSR[:, rows], label_S[rows], [groups[i] for i in kept.tolist()], config)
-        score_LS = (probes.coef[:, None] @ features_LSR[:, test].mT)[:, 0] + probes.intercept[:, None]
+        score_LS = probe_scores(features_LSR[:, test], probes.coef, probes.intercept)
         scores_PL2[held] = torch.stack(score_LS.cpu().T.chunk(2), dim=2)
     accuracy_L = right_rankings(scores_PL2[..., 0] - scores_PL2[..., 1]).mean(0)
     auc = [_auc(scores_PL2[:, layer], groups, split).value for layer in range(L)]
@@ -232,7 +232,7 @@ def _score(
     scaled_P, alphas = torch.empty_like(gap_P), []
     for held in split:
         # A fold's alpha comes from gaps of the other folds' pairs, themselves held out.
-        others = gap_P[_others(held, len(gap_P))]
+        others = gap_P[rows_but(held, len(gap_P))]
         alphas.append(calibrated_alpha(others) if config.alpha == "auto" else float(config.alpha))
         scaled_P[held] = alphas[-1] * gap_P[held]
     return MethodScore(
@@ -259,9 +259,3 @@ def _auc(score_P2: Tensor, groups: list[object], split: list[Tensor]) -> Cluster
         above_nn = right_rankings(chosen_n[:, None] - rejected_n)
         value_P[held] = above_nn.mean(1) + above_nn.mean(0) - above_nn.mean()
     return clustered_share(value_P.numpy(), groups)
-
-
-def _others(held: Tensor, P: int) -> Tensor:
-    """The rows of 0 .. P - 1 that are not held out."""
-    rows = torch.arange(P)
-    return rows[~torch.isin(rows, held)]

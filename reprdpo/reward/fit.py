@@ -18,7 +18,7 @@ from tqdm import tqdm
 from reprdpo.errors import UserError
 from reprdpo.reward.calibration import Calibration, calibrated_alpha, calibration, confidence_gap, pair_accuracy
 from reprdpo.reward.features import Span, Standardizer
-from reprdpo.reward.folds import grouped_folds
+from reprdpo.reward.folds import both_sides, grouped_folds, rows_but
 from reprdpo.reward.states_file import check_states, read_states
 from reprdpo.reward.svm import LinearSVM, fit_linear_svm
 
@@ -222,16 +222,18 @@ class Fitted(NamedTuple):
 
     def scores(self, features_LSR: Tensor) -> Tensor:
         """The stage-1 probes' scores [L, S]."""
-        return _scores(features_LSR, self.probes)
+        return probe_scores(features_LSR, self.probes.probe_weight, self.probes.probe_bias)
 
     def reward(self, features_LSR: Tensor) -> Tensor:
         """The reward R [S] of stage 2."""
-        return _reward(features_LSR, self.reduced, self.gate)
+        score_LS, gate_LS = _mixture(features_LSR, self.reduced, self.gate)
+        return (gate_LS * score_LS).sum(0)
 
     def parameters(self) -> RewardParameters:
+        """Stage 2's, for raw states, float32."""
         probe = self.standardizer.fold(self.span.expand(self.reduced.probe_weight), self.reduced.probe_bias)
         weight, bias = self.reduced.gate_weight, self.reduced.gate_bias
-        if weight is not None and weight.shape == self.reduced.probe_weight.shape:
+        if weight is not None and self.gate == "softmax":
             weight, bias = self.standardizer.fold(self.span.expand(weight), bias)
         return RewardParameters(
             probe[0].float(), probe[1].float(), None if weight is None else weight.float(), bias.float()
@@ -246,10 +248,10 @@ def _cross_validate(
     probe_gap = states.new_zeros(P, states.shape[1], dtype=torch.float64)
     gap = states.new_zeros(P, 2, dtype=torch.float64)
     for held in tqdm(split, desc="cross-validating the reward", unit="fold", leave=False, delay=2):
-        kept = torch.arange(P)[~torch.isin(torch.arange(P), held)]
-        rows = torch.cat([kept, kept + P])
+        kept = rows_but(held, P)
+        rows = both_sides(kept, P)
         fitted, _ = fit_stages(states[rows], label_S[rows], [groups[i] for i in kept.tolist()], config)
-        features = fitted.features(states[torch.cat([held, held + P])])
+        features = fitted.features(states[both_sides(held, P)])
         score_LS = fitted.scores(features)
         probe_gap[held] = (score_LS[:, : len(held)] - score_LS[:, len(held) :]).T
         chosen, rejected = fitted.reward(features).split(len(held))
@@ -332,48 +334,43 @@ def _nll(features_LSR: Tensor, parameters: RewardParameters, config: RewardFitCo
     With u = dloss/dR: ds = g u where the gate knows nothing of s, plus V^T dlogit for "vote"; dlogit = g (s - R) u
     under a softmax, g (1 - g) s u under sigmoids; the weights' gradients are those times the features.
     """
-    vote = parameters.gate_weight if config.gate == "vote" else None
-    bias_L1 = parameters.gate_bias[:, None]
-    weights = [w for w in (parameters.probe_weight, parameters.gate_weight) if w is not None and w is not vote]
-    product_LKS = torch.stack(weights, 1) @ features_LSR.mT
-    score_LS = product_LKS[:, 0] + parameters.probe_bias[:, None]
-    if vote is not None:
-        gate_LS = torch.sigmoid(vote @ score_LS + bias_L1)
-    else:
-        gate_LS = (product_LKS[:, 1:].sum(1) + bias_L1).softmax(0)
+    score_LS, gate_LS = _mixture(features_LSR, parameters, config.gate)
     reward_S = (gate_LS * score_LS).sum(0)
     chosen, rejected = reward_S.chunk(2)
     short_P = config.margin - chosen + rejected
     slope_P = torch.sigmoid(short_P) / len(short_P)
     pulled_LS = gate_LS * torch.cat([-slope_P, slope_P])
-    if vote is not None:
+    if config.gate == "vote":
+        assert parameters.gate_weight is not None
         logit_LS = pulled_LS * (1 - gate_LS) * score_LS
-        pulled_LS = pulled_LS + vote.T @ logit_LS
+        pulled_LS = pulled_LS + parameters.gate_weight.T @ logit_LS
     else:
         logit_LS = pulled_LS * (score_LS - reward_S)
-    grads_LKR = torch.stack([pulled_LS, logit_LS][: len(weights)], 1) @ features_LSR
+    on_features = [pulled_LS, logit_LS] if config.gate == "softmax" else [pulled_LS]
+    grads_LKR = torch.stack(on_features, 1) @ features_LSR
     grads = [grads_LKR[:, 0].contiguous(), pulled_LS.sum(1)]
-    grads += [grads_LKR[:, 1].contiguous()] if len(weights) == 2 else []
-    grads += [logit_LS @ score_LS.T] if vote is not None else []
+    if config.gate == "softmax":
+        grads.append(grads_LKR[:, 1].contiguous())
+    elif config.gate == "vote":
+        grads.append(logit_LS @ score_LS.T)
     return F.softplus(short_P).mean(), [*grads, logit_LS.sum(1)]
 
 
-def _scores(features_LSR: Tensor, parameters: RewardParameters) -> Tensor:
-    return (parameters.probe_weight[:, None] @ features_LSR.mT)[:, 0] + parameters.probe_bias[:, None]
-
-
-def _reward(features_LSR: Tensor, parameters: RewardParameters, gate: Gate) -> Tensor:
-    """R [S] as ``ops.probe_reward`` gives it, from features kept layer first, whose products are three times faster."""
+def _mixture(features_LSR: Tensor, parameters: RewardParameters, gate: Gate) -> tuple[Tensor, Tensor]:
+    """Scores and gate [L, S] as ``ops.probe_reward`` has them, of features kept layer first: three times faster."""
     weight, bias_L1 = parameters.gate_weight, parameters.gate_bias[:, None]
-    if gate == "softmax":
+    weights = [w for w in (parameters.probe_weight, None if gate == "vote" else weight) if w is not None]
+    product_LKS = torch.stack(weights, 1) @ features_LSR.mT
+    score_LS = product_LKS[:, 0] + parameters.probe_bias[:, None]
+    if gate == "vote":
         assert weight is not None
-        both_L2S = torch.stack([parameters.probe_weight, weight], dim=1) @ features_LSR.mT
-        score_LS = both_L2S[:, 0] + parameters.probe_bias[:, None]
-        return ((both_L2S[:, 1] + bias_L1).softmax(0) * score_LS).sum(0)
-    score_LS = _scores(features_LSR, parameters)
-    if weight is None:
-        return (bias_L1.softmax(0) * score_LS).sum(0)
-    return (torch.sigmoid(weight @ score_LS + bias_L1) * score_LS).sum(0)
+        return score_LS, torch.sigmoid(weight @ score_LS + bias_L1)
+    return score_LS, (product_LKS[:, 1:].sum(1) + bias_L1).softmax(0)
+
+
+def probe_scores(features_LSR: Tensor, weight_LR: Tensor, bias_L: Tensor) -> Tensor:
+    """The probes' scores [L, S]."""
+    return (weight_LR[:, None] @ features_LSR.mT)[:, 0] + bias_L[:, None]
 
 
 def stage1_labels(

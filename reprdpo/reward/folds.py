@@ -1,4 +1,4 @@
-"""Folds of a cross-validation that keep groups whole."""
+"""Folds of a cross-validation that keep groups whole, and the rows they hold."""
 
 from collections.abc import Iterable
 
@@ -34,3 +34,14 @@ def grouped_folds(groups: Iterable[object], folds: int, seed: int) -> list[Tenso
     for i in sorted(order, key=lambda i: -len(members[i])):
         min(split, key=len).extend(members[i])
     return [torch.tensor(sorted(rows)) for rows in split]
+
+
+def rows_but(held: Tensor, count: int) -> Tensor:
+    """The rows of 0 .. count - 1 that are not held out."""
+    rows = torch.arange(count)
+    return rows[~torch.isin(rows, held)]
+
+
+def both_sides(pairs: Tensor, P: int) -> Tensor:
+    """The sequences of some of P pairs, all of which lie chosen first, then rejected."""
+    return torch.cat([pairs, pairs + P])

@@ -4,7 +4,7 @@ Shapes: n rows, B sequences of a batch, T padded length, L decoder layers, D hid
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reprdpo import costs
-from reprdpo.data import length_grouped_batches
+from reprdpo.data import length_grouped_batches, pad_sequences
 from reprdpo.errors import UserError
 from reprdpo.models import decoder, evaluating, forward_flop
 from reprdpo.reward.taps import Pool, PooledStateTap
@@ -85,7 +85,7 @@ def extract_states(
         tqdm(total=len(sequences), desc="hidden states", unit="row", disable=not progress, delay=2) as bar,
     ):
         for batch in length_grouped_batches([len(ids) for ids in sequences], batch_size):
-            ids_BT, mask_BT = _pad([sequences[i] for i in batch], pad_token_id, padding_side)
+            ids_BT, mask_BT = pad_sequences([sequences[i] for i in batch], pad_token_id, side=padding_side)
             start_B1 = torch.tensor([[starts[i]] for i in batch])
             pooled_mask_BT = mask_BT * (mask_BT.cumsum(1) > start_B1)
             pooled_BLD = pool_states(
@@ -125,18 +125,6 @@ def extract_pair_states(
         ]
     chosen, rejected = extract_states(model, both, **options).chunk(2)
     return chosen, rejected
-
-
-def _pad(sequences: Iterable[list[int]], pad_token_id: int, side: str) -> tuple[Tensor, Tensor]:
-    sequences = list(sequences)
-    T = max(map(len, sequences))
-    ids = torch.full((len(sequences), T), pad_token_id)
-    mask = torch.zeros(len(sequences), T, dtype=torch.int64)
-    for row, tokens in enumerate(sequences):
-        place = slice(T - len(tokens), T) if side == "left" else slice(0, len(tokens))
-        ids[row, place] = torch.tensor(tokens)
-        mask[row, place] = 1
-    return ids, mask
 
 
 def _column(rows: Dataset | Sequence[dict[str, Any]], name: str) -> list[list[int]]:

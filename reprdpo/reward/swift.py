@@ -34,10 +34,10 @@ class SwiftHead(NamedTuple):
         return (self.span.coordinates(_joined(self.standardizer, states)) @ self.weight)[0] + self.bias
 
 
-def fit_swift_head(states: Tensor, label_S: Tensor, *, penalty: float = 1.0) -> SwiftHead:
+def fit_swift_head(states: Tensor, label_S: Tensor) -> SwiftHead:
     """Fit the head to pooled states [S, L, D], labelled +1 or -1; those labelled 0 are left out.
 
-    Minimises ``sum_i softplus(-y_i R_i) + penalty / 2 |w|^2`` on features of mean squared norm 1, as the probes' are.
+    Minimises ``sum_i softplus(-y_i R_i) + |w|^2 / 2`` on features of mean squared norm 1, as the probes' are.
     """
     standardizer = Standardizer.of(states)
     rows = _joined(standardizer, states)
@@ -53,7 +53,7 @@ def fit_swift_head(states: Tensor, label_S: Tensor, *, penalty: float = 1.0) -> 
     def closure() -> Tensor:
         optimizer.zero_grad()
         misfit = F.softplus(-sign_S * (features_SR @ weight_R + bias)).sum()
-        total = misfit + penalty / 2 * weight_R.square().sum()
+        total = misfit + weight_R.square().sum() / 2
         total.backward()
         return total
 

@@ -79,7 +79,7 @@ class HiddenStateTap(_Tap):
 
     ``with HiddenStateTap(model) as tap: model(input_ids=..., logits_to_keep=1)`` leaves in ``tap.states`` L tensors
     [B, T, D] equal to transformers' ``hidden_states[1:]``, the last one after the final norm. ``logits_to_keep=1``
-    keeps the head from making logits that nobody reads. For inference, :meth:`pooled` holds one layer at a time.
+    keeps the head from making logits that nobody reads. For inference :class:`PooledStateTap` holds one layer at once.
 
     Raises:
         UserError: a model whose decoder layers cannot be found.
@@ -99,11 +99,6 @@ class HiddenStateTap(_Tap):
         if len(self._states) != len(self._layers):
             raise RuntimeError(self._unseen(len(self._states)))
         return [self._states[layer] for layer in range(len(self._layers))]
-
-    @staticmethod
-    def pooled(model: nn.Module, attention_mask: Tensor, *, pool: Pool = "last") -> "PooledStateTap":
-        """A tap that pools each layer as it is produced; see :class:`PooledStateTap`."""
-        return PooledStateTap(model, attention_mask, pool=pool)
 
     def _clear(self) -> None:
         self._states.clear()

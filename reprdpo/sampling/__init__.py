@@ -1,6 +1,6 @@
 """Best-of-N sampling and preference pairs, over any engine that generates."""
 
-from reprdpo.sampling.best_of_n import best_of_n, rank_responses, read_samples, sample_responses
+from reprdpo.sampling.best_of_n import Score, best_of_n, rank_responses, read_samples, sample_responses
 from reprdpo.sampling.continuous import ContinuousBatchingEngine
 from reprdpo.sampling.engine import Engine, Response, SamplingConfig
 from reprdpo.sampling.engine_config import EngineConfig, build_engine
@@ -17,6 +17,7 @@ __all__ = [
     "PairReport",
     "Response",
     "SamplingConfig",
+    "Score",
     "TransformersEngine",
     "best_of_n",
     "build_engine",

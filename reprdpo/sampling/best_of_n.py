@@ -13,6 +13,7 @@ from reprdpo.files import JsonlWriter, atomic_path, content_hash, read_jsonl
 from reprdpo.sampling.engine import Engine, Prompt, Response, SamplingConfig
 
 FORMAT = "reprdpo-samples-1"
+_RANKED_AT_ONCE = 256  # prompts
 
 Drawn = tuple[dict[str, Any], list[Response]]
 Score = Callable[[list[Prompt], list[str]], Sequence[float]]
@@ -70,8 +71,6 @@ def rank_responses(
     *,
     key: Any,
     first: int | None = None,
-    prompts_at_once: int = 256,
-    progress: bool = True,
 ) -> Path:
     """Score the responses that ``source`` holds, by another reward, in a file of the same form; return ``path``.
 
@@ -83,8 +82,6 @@ def rank_responses(
         score: as :func:`sample_responses` takes it.
         key: what names the reward (its hash); stands in the header.
         first: responses of each prompt that are kept, in the order they were drawn (default: all).
-        prompts_at_once: prompts whose responses are scored together.
-        progress: show a progress bar.
 
     Raises:
         UserError: a source that cannot be read or has fewer responses to a prompt than ``first``, or a ``path`` that
@@ -99,8 +96,8 @@ def rank_responses(
     missing = [
         record | {"responses": record["responses"][:first]} for record in records if record["prompt_id"] not in present
     ]
-    chunks = (missing[start : start + prompts_at_once] for start in range(0, len(missing), prompts_at_once))
-    with tqdm(total=len(records), desc="ranking", unit="prompt", disable=not progress, delay=2) as bar:
+    chunks = (missing[start : start + _RANKED_AT_ONCE] for start in range(0, len(missing), _RANKED_AT_ONCE))
+    with tqdm(total=len(records), desc="ranking", unit="prompt", delay=2) as bar:
         _append(path, header, (_ranked_anew(chunk, score) for chunk in chunks), len(present), bar)
     return path
 
@@ -209,7 +206,7 @@ def _drawn(
     All rows are sorted by length, the longest first, so that a prompt too long, or memory too small, shows at once.
     """
     by_length = sorted(rows, key=lambda row: (-_length(row["prompt"]), row["prompt_id"]))
-    size = config.prompts_per_batch(config.num_responses)
+    size = config.prompts_per_batch
     if getattr(engine, "independent", False):
         missing = [row for row in by_length if row["prompt_id"] not in present]
         yield from _asked(engine, missing, config, size)

@@ -54,12 +54,12 @@ class ContinuousBatchingEngine(LocalEngine):
         super().__init__(model, tokenizer)
 
     def _responses(
-        self, encoded: list[list[int]], prompt_ids: Sequence[int], config: SamplingConfig, num_responses: int
+        self, encoded: list[list[int]], prompt_ids: Sequence[int], config: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
         """Generation rests while the caller holds what was yielded, so that the caller can use the model."""
         if not encoded:
             return
-        copies = 1 if config.temperature == 0 else num_responses
+        copies = 1 if config.temperature == 0 else config.num_responses
         self._check_logits(encoded[0])
         finished: dict[int, list[list[int]]] = {}
         following = 0
@@ -70,7 +70,7 @@ class ContinuousBatchingEngine(LocalEngine):
                 while following in finished and all(finished[following]):
                     responses = self._decode(encoded[following], finished.pop(following))
                     with manager.pause():
-                        yield following, responses * (num_responses // copies)
+                        yield following, responses * (config.num_responses // copies)
                     following += 1
 
     @contextlib.contextmanager

@@ -72,8 +72,9 @@ class SamplingConfig:
             choices = ", ".join(TRUNCATION_MODES)
             raise UserError(f"sampling: truncation_mode is {self.truncation_mode!r}; give one of {choices}")
 
-    def prompts_per_batch(self, num_responses: int) -> int:
-        return max(1, self.batch_size // num_responses)
+    @property
+    def prompts_per_batch(self) -> int:
+        return max(1, self.batch_size // self.num_responses)
 
 
 class Engine(Protocol):
@@ -92,7 +93,6 @@ class Engine(Protocol):
         prompts: Sequence[Prompt],
         config: SamplingConfig,
         *,
-        num_responses: int | None = None,
         prompt_ids: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, list[Response]]]:
         """Yield ``(position in prompts, responses)`` in order.
@@ -100,7 +100,6 @@ class Engine(Protocol):
         Args:
             prompts: plain texts or chats.
             config: how to draw.
-            num_responses: instead of the configuration's.
             prompt_ids: the numbers that, with ``config.seed``, name each prompt's random streams (default: its
                 position), so that a part of a prompt set is answered as the whole would be.
         """
@@ -128,7 +127,6 @@ class LocalEngine(ABC):
         prompts: Sequence[Prompt],
         config: SamplingConfig,
         *,
-        num_responses: int | None = None,
         prompt_ids: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, list[Response]]]:
         """See :meth:`Engine.generate`.
@@ -143,11 +141,11 @@ class LocalEngine(ABC):
             encode_prompt(self.tokenizer, prompt, number, config, positions)
             for number, prompt in zip(ids, prompts, strict=True)
         ]
-        yield from self._responses(encoded, ids, config, num_responses or config.num_responses)
+        yield from self._responses(encoded, ids, config)
 
     @abstractmethod
     def _responses(
-        self, encoded: list[list[int]], prompt_ids: Sequence[int], config: SamplingConfig, num_responses: int
+        self, encoded: list[list[int]], prompt_ids: Sequence[int], config: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
         """What :meth:`generate` yields, of the prompts' tokens."""
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reprdpo.errors import UserError
 from reprdpo.files import content_hash
-from reprdpo.http_json import HTTPStatusError, JsonClient, excerpt
+from reprdpo.http_json import HTTPStatusError, JsonClient, api_root, excerpt
 from reprdpo.sampling.engine import Prompt, Response, SamplingConfig, encode_prompt
 
 _LOOK_AHEAD = 4  # requests handed out for each one running, so that a slow first response leaves no worker idle
@@ -64,8 +64,7 @@ class OpenAIEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_positions: int | None = None,
     ) -> None:
-        base_url = base_url.rstrip("/")
-        self.base_url = base_url if base_url.count("/") > 2 else f"{base_url}/v1"
+        self.base_url = api_root(base_url)
         key = os.environ.get(api_key_env) or None
         self._client = partial(JsonClient, self.base_url, key=key, timeout=timeout, retries=retries)
         self._client()  # says what is wrong with the URL
@@ -89,7 +88,6 @@ class OpenAIEngine:
         prompts: Sequence[Prompt],
         config: SamplingConfig,
         *,
-        num_responses: int | None = None,
         prompt_ids: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, list[Response]]]:
         """See :meth:`Engine.generate`.
@@ -97,7 +95,7 @@ class OpenAIEngine:
         Raises:
             UserError: a prompt too long or refused, a server that cannot be reached, died or answered nonsense.
         """
-        count = num_responses or config.num_responses
+        count = config.num_responses
         ids = range(len(prompts)) if prompt_ids is None else prompt_ids
         copies = 1 if config.temperature == 0 else count
         waiting: deque[tuple[int, list[Future[Response]]]] = deque()

@@ -1,14 +1,13 @@
 """Preference pairs from the top and the bottom of each prompt's ranking."""
 
 import dataclasses
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from reprdpo.data import in_kind
 from reprdpo.errors import UserError
-from reprdpo.files import write_text
+from reprdpo.files import write_jsonl
 from reprdpo.sampling.best_of_n import read_samples
 
 
@@ -73,7 +72,7 @@ def build_pairs(
         raise UserError(
             f"{samples_path}: gives no pair ({reasons}); score the responses, or sample more or hotter ones"
         )
-    write_text(out_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_jsonl(out_path, rows)
     responses = [response for record in records for response in record["responses"]]
     return PairReport(
         n_prompts=len(records),

@@ -6,14 +6,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reprdpo.data import (
-    ResponseCollator,
-    TokenizeConfig,
-    in_kind,
-    is_empty,
-    length_grouped_batches,
-    tokenize_response,
-)
+from reprdpo.data import ResponseCollator, TokenizeConfig, length_grouped_batches, to_device, tokenize_nonempty
 from reprdpo.errors import UserError
 from reprdpo.models import evaluating
 from reprdpo.reward import HybridReward, pool_states
@@ -52,20 +45,14 @@ def score_responses(
     """
     if len(prompts) != len(responses):
         raise UserError(f"score: {len(prompts)} prompts and {len(responses)} responses; give one prompt a response")
-    config = tokenize or TokenizeConfig()
-    scored = [place for place, response in enumerate(responses) if not is_empty(response)]
-    rows = [
-        tokenize_response(tokenizer, prompts[place], in_kind(prompts[place], responses[place]), config)._asdict()
-        for place in scored
-    ]
+    scored, rows = tokenize_nonempty(tokenizer, prompts, responses, tokenize or TokenizeConfig())
     rewards = [float("nan")] * len(responses)
     collate = ResponseCollator(0)  # any token serves as padding: it is masked
     batches = length_grouped_batches([len(row["input_ids"]) for row in rows], batch_size)
     with evaluating(model):
         for batch in tqdm(batches, unit=" batches", desc="score", disable=not progress, delay=2):
-            inputs = collate([rows[row] for row in batch])
-            ids_BT, mask_BT = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask"))
-            pooled_BLD = pool_states(model, ids_BT, mask_BT, pool=reward.metadata.pool)
+            inputs = to_device(collate([rows[row] for row in batch]), model.device)
+            pooled_BLD = pool_states(model, inputs["input_ids"], inputs["attention_mask"], pool=reward.metadata.pool)
             for row, value in zip(batch, reward(pooled_BLD).reward.tolist(), strict=True):
                 rewards[scored[row]] = value
     return rewards

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from reprdpo import costs
+from reprdpo.data import pad_sequences
 from reprdpo.errors import UserError
 from reprdpo.models import evaluating, forward_flop
 from reprdpo.sampling.engine import LocalEngine, Response, SamplingConfig, check_finite, pick_tokens, uniforms
@@ -28,41 +29,39 @@ class TransformersEngine(LocalEngine):
     """
 
     def _responses(
-        self, encoded: list[list[int]], prompt_ids: Sequence[int], config: SamplingConfig, num_responses: int
+        self, encoded: list[list[int]], prompt_ids: Sequence[int], config: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
         """Batches hold prompts of like length, the longest first."""
         order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
-        size = config.prompts_per_batch(num_responses)
+        size, many = config.prompts_per_batch, config.num_responses
         finished: dict[int, list[Response]] = {}
         following = 0
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             numbers = [prompt_ids[row] for row in rows]
-            tokens = self._sample([encoded[row] for row in rows], numbers, config, num_responses)
+            tokens = self._sample([encoded[row] for row in rows], numbers, config)
             for place, row in enumerate(rows):
-                mine = tokens[place * num_responses : (place + 1) * num_responses]
-                finished[row] = self._decode(encoded[row], mine)
+                finished[row] = self._decode(encoded[row], tokens[place * many : (place + 1) * many])
             while following in finished:
                 yield following, finished.pop(following)
                 following += 1
 
     @torch.inference_mode()
-    def _sample(
-        self, prompts: list[list[int]], prompt_ids: list[int], config: SamplingConfig, num_responses: int
-    ) -> list[list[int]]:
+    def _sample(self, prompts: list[list[int]], prompt_ids: list[int], config: SamplingConfig) -> list[list[int]]:
         """Token lists, the responses of a prompt side by side, each with its end token if it met one."""
-        copies = 1 if config.temperature == 0 else num_responses
+        copies = 1 if config.temperature == 0 else config.num_responses
         with evaluating(self.model):
             sampled_BT = self._decode_loop(prompts, prompt_ids, config, copies)
         rows = [_until_end(row, self._end_ids) for row in sampled_BT.tolist()]
-        return [row for row in rows for _ in range(num_responses // copies)]
+        return [row for row in rows for _ in range(config.num_responses // copies)]
 
     def _decode_loop(
         self, prompts: list[list[int]], prompt_ids: list[int], config: SamplingConfig, copies: int
     ) -> Tensor:
         device = self.model.device
-        pad_id, steps = self.tokenizer.pad_token_id or 0, config.max_new_tokens
-        input_ids, mask = _left_padded(prompts, pad_id, device)
+        steps = config.max_new_tokens
+        padded = pad_sequences(prompts, self.tokenizer.pad_token_id or 0, side="left")
+        input_ids, mask = (part.to(device) for part in padded)
         prompt_length = input_ids.shape[1]
         position_ids = (mask.cumsum(-1) - 1).clamp_(min=0)
         cache = growing_cache(self.model, prompt_length + steps)
@@ -155,13 +154,6 @@ def _uniforms(seed: int, prompt_ids: Sequence[int], copies: int, steps: int) -> 
     """Float64 [prompts * copies, steps], a stream a row."""
     streams = [uniforms(seed, number, copy, steps) for number in prompt_ids for copy in range(copies)]
     return torch.from_numpy(np.stack(streams))
-
-
-def _left_padded(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    input_ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return input_ids, mask
 
 
 def _until_end(tokens: list[int], end_ids: frozenset[int]) -> list[int]:

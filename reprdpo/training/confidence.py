@@ -18,6 +18,8 @@ from reprdpo.reward import HybridReward, RewardUpdater
 from reprdpo.training.config import ConfidenceConfig
 from reprdpo.training.metrics import HISTOGRAM_FILE, ConfidenceHistogram
 
+REWARD_FOLDER = "reward"  # beside a model that was trained with one, and in each of its checkpoints
+
 
 class ScoredBatch(NamedTuple):
     """R of a batch: rewards [P], the confidence taken from them [P], and Eq. 7 on them (a scalar), all detached."""

@@ -11,7 +11,7 @@ from reprdpo.data import TokenizeConfig
 from reprdpo.errors import UserError
 from reprdpo.ops.reference import PAIR_LOSSES
 from reprdpo.training.kto import LOSS_TYPE as KTO
-from reprdpo.training.presets import DEFAULTS, PRESETS
+from reprdpo.training.presets import DEFAULTS, PRESETS, preset_values
 
 # Where and how fast, and names for what other fields say.
 _INDECISIVE = {"max_tokens_per_device", "precompute_ref_batch_size", "preset", "reference_cache_dir"}
@@ -134,7 +134,9 @@ class ConfidenceConfig:
     alpha: float | str | None = _help(None, 'Steepness of gamma, or "auto" (default): the one fitted with the reward.')
     squash: bool | None = _help(None, "gamma from squashed rewards; unset: as the reward was fitted.")
     confidence_floor: float | None = _help(None, "Smallest gamma (default: none).")
-    confidence_reduce: Literal["batch"] | None = _help(None, '"batch": every pair takes the mean gamma of its batch.')
+    confidence_reduce: Literal["batch"] | None = _help(
+        None, '"batch": every pair takes the mean gamma of its batch on its process.'
+    )
     update_reward: bool = _help(True, "Update the reward once per optimizer step on the batch's own states.")
     reward_learning_rate: float = _help(1e-3, "Learning rate of the reward's own Adam.")
     reward_margin: float = _help(None, f"mu of Eq. 7 in the update (default {DEFAULTS['reward_margin']}).")
@@ -205,7 +207,7 @@ class ReprDPOConfig(ConfidenceConfig, AdapterConfig, BaseConfig):
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset not in PRESETS:
             raise UserError(f"preset: {self.preset!r} is none of {', '.join(sorted(PRESETS))}")
-        for name, value in (DEFAULTS | PRESETS.get(self.preset or "", {})).items():
+        for name, value in preset_values(self.preset).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         super().__post_init__()
@@ -224,8 +226,12 @@ class ReprDPOConfig(ConfidenceConfig, AdapterConfig, BaseConfig):
         _check(self.packing in packings, "packing", self.packing, f"one of {', '.join(packings)}")
         _check(self.max_row_tokens >= 1, "max_row_tokens", self.max_row_tokens, "an integer of at least 1")
         _check(0 <= self.fixed_confidence <= 1, "fixed_confidence", self.fixed_confidence, "a number from 0 to 1")
-        if self.confidence_reduce == "batch" and self.max_tokens_per_device is not None:
-            raise UserError("confidence_reduce: a batch that max_tokens_per_device splits has no gamma; unset one")
+        split = {
+            "max_tokens_per_device": self.max_tokens_per_device is not None,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps > 1,
+        }
+        if self.confidence_reduce == "batch" and (by := [name for name, splits in split.items() if splits]):
+            raise UserError(f"confidence_reduce: a batch that {by[0]} splits has no gamma; unset one")
         batch = self.precompute_ref_batch_size
         _check(batch >= 1, "precompute_ref_batch_size", batch, "an integer of at least 1")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from reprdpo import models
-from reprdpo.data import Layout, PackingCollator, PreferenceCollator, pair_tokens
+from reprdpo.data import Layout, PackingCollator, PreferenceCollator, pair_tokens, to_device
 from reprdpo.errors import UserError
 from reprdpo.heads import run_at_head
 
@@ -227,15 +227,11 @@ def _difference(model: nn.Module, collator: PackingCollator) -> str | None:
         for pair, prompt in enumerate([ids[:4], ids[3:6]])
     ]
     padded, packed = collator.padded(rows), replace(collator, max_row_tokens=_FLEX_BLOCK)(rows)
-    was_training = model.training
-    model.eval()
     try:
-        device = models.unwrap(model).device
-        alone_STD, in_row_BTD = (_states(model, batch, device) for batch in (padded, packed))
+        with models.evaluating(model):
+            alone_STD, in_row_BTD = (_states(model, batch) for batch in (padded, packed))
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         return f"its forward refuses it ({str(error).strip().splitlines()[0]})"
-    finally:
-        model.train(was_training)
     real_ST = padded["attention_mask"].bool()
     alone_XD = alone_STD.cpu()[real_ST].float()
     in_row_XD = in_row_BTD.cpu().flatten(0, 1)[packed["token_index"][packed["token_index"] >= 0]].float()
@@ -245,7 +241,7 @@ def _difference(model: nn.Module, collator: PackingCollator) -> str | None:
     return f"a token's states depend on what else is in its row (off by {error_X.max():.2g})"
 
 
-def _states(model: nn.Module, batch: dict[str, Any], device: torch.device) -> Tensor:
-    on_device = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    states: Tensor = run_at_head(model, lambda hidden, _: hidden, **model_inputs(model, on_device))
+def _states(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    inputs = model_inputs(model, to_device(batch, models.unwrap(model).device))
+    states: Tensor = run_at_head(model, lambda hidden, _: hidden, **inputs)
     return states

@@ -3,7 +3,6 @@
 Shape suffixes: K metrics, P pairs, W processes.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -198,12 +197,8 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir) / METRICS_FILE
-        kept = (
-            [line for _, line in files.read_jsonl(path) if line["step"] <= state.global_step] if path.exists() else []
-        )
-        if state.global_step == 0:
-            kept = []
-        files.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        before = files.read_jsonl(path) if state.global_step and path.exists() else ()
+        files.write_jsonl(path, [line for _, line in before if line["step"] <= state.global_step])
         self._writer = files.JsonlWriter(path)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:

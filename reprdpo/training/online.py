@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -95,8 +94,7 @@ class OnlineDPOTrainer(ReprDPOTrainer):
     def _round(self, number: int) -> Dataset:
         path = self._rounds_folder() / f"round-{number:05d}.jsonl"
         if not path.exists():
-            pairs = self._draw(number)
-            files.write_text(path, "".join(json.dumps(row) + "\n" for row in pairs))
+            files.write_jsonl(path, self._draw(number))
         return Dataset.from_list([row for _, row in files.read_jsonl(path)])
 
     def _draw(self, number: int) -> Dataset:

@@ -20,3 +20,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward_margin": 1.0,
     },
 }
+
+
+def preset_values(preset: str | None) -> dict[str, Any]:
+    """What the fields that were left unset get under a preset, or (None) under none."""
+    return DEFAULTS | PRESETS.get(preset or "", {})

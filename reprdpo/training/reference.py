@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reprdpo import costs, files, heads, models, ops
-from reprdpo.data import PackingCollator, PreferenceCollator, length_grouped_batches
+from reprdpo.data import PackingCollator, PreferenceCollator, length_grouped_batches, to_device
 from reprdpo.data.packing import SIDES
 from reprdpo.training.batches import row_lengths
 from reprdpo.training.layout import loss_inputs, model_inputs
@@ -128,7 +128,7 @@ def _all_logps(
             values_2C = _cached(folder, name)
             if values_2C is None:
                 batches = (collator([rows[index] for index in batch]) for batch in chunk)
-                on_device = [batch_logps(model, _moved(batch, device)).view(2, -1) for batch in batches]
+                on_device = [batch_logps(model, to_device(batch, device)).view(2, -1) for batch in batches]
                 values_2C = torch.cat(on_device, dim=1).float().cpu()
                 _store(folder, name, values_2C)
             result_2P[:, torch.tensor(indices)] = values_2C
@@ -142,10 +142,6 @@ def _all_logps(
         for path in folder.glob("chunk-*.safetensors") if folder is not None else ():
             path.unlink(missing_ok=True)
     return result
-
-
-def _moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 class _Rows:
@@ -217,15 +213,13 @@ def _store(folder: Path | None, name: str, values: Tensor) -> None:
 @contextlib.contextmanager
 def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
     """The base model in evaluation mode on ``device``; all as it was afterwards."""
-    was_training, home = model.training, next(model.parameters()).device
+    home = next(model.parameters()).device
     adapters: Any = getattr(model, "disable_adapter", contextlib.nullcontext)
     if device != home:  # not even asked of a quantised model, which may refuse to move
         model.to(device)
-    model.eval()
     try:
-        with adapters():
+        with models.evaluating(model), adapters():
             yield
     finally:
         if device != home:
             model.to(home)
-        model.train(was_training)

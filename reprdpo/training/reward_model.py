@@ -13,7 +13,6 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from reprdpo import costs, files, models, ops
@@ -22,11 +21,10 @@ from reprdpo.data import (
     ResponseCollator,
     Text,
     TokenizeConfig,
-    in_kind,
-    is_empty,
     length_grouped_batches,
+    to_device,
+    tokenize_nonempty,
     tokenize_preferences,
-    tokenize_response,
 )
 from reprdpo.errors import UserError
 from reprdpo.training.base import BaseTrainer, padding_id
@@ -64,23 +62,15 @@ class BradleyTerryRewardModel(nn.Module):
         return self.head(last_BD.to(self.head.weight.dtype)).squeeze(-1).float()
 
     @torch.no_grad()
-    def score(
-        self,
-        rows: Sequence[dict[str, Any]],
-        *,
-        batch_size: int = 64,
-        progress: bool = False,
-    ) -> list[float]:
+    def score(self, rows: Sequence[dict[str, Any]], *, batch_size: int = 64) -> list[float]:
         """Rewards of tokenised rows (``input_ids``, ``response_start``), in their order."""
-        device = self.head.weight.device
-        collate = ResponseCollator(0)
+        collate = ResponseCollator(0)  # any token serves as padding: it is masked
         order: list[int] = []
         scores: list[Tensor] = []
-        batches = length_grouped_batches([len(row["input_ids"]) for row in rows], batch_size)
         with models.evaluating(self):
-            for batch in tqdm(batches, desc="reward model", disable=not progress, leave=False, delay=1):
-                inputs = collate([rows[index] for index in batch])
-                scores.append(self(inputs["input_ids"].to(device), inputs["attention_mask"].to(device)))
+            for batch in length_grouped_batches([len(row["input_ids"]) for row in rows], batch_size):
+                inputs = to_device(collate([rows[index] for index in batch]), self.head.weight.device)
+                scores.append(self(inputs["input_ids"], inputs["attention_mask"]))
                 order.extend(batch)
         values = torch.cat(scores).cpu().tolist() if scores else []
         return [value for _, value in sorted(zip(order, values, strict=True))]
@@ -95,9 +85,7 @@ class BradleyTerryRewardModel(nn.Module):
         batch_size: int = 64,
     ) -> list[float]:
         """Rewards of responses, each to its prompt, in order; NaN for an empty one."""
-        places = [place for place, response in enumerate(responses) if not is_empty(response)]
-        texts = [(prompts[place], in_kind(prompts[place], responses[place])) for place in places]
-        rows = [tokenize_response(tokenizer, *text, config)._asdict() for text in texts]
+        places, rows = tokenize_nonempty(tokenizer, prompts, responses, config)
         rewards = [float("nan")] * len(responses)
         for place, value in zip(places, self.score(rows, batch_size=batch_size), strict=True):
             rewards[place] = value

@@ -30,7 +30,7 @@ from reprdpo.reward import HiddenStateTap, HybridReward
 from reprdpo.training.adapters import with_adapters
 from reprdpo.training.base import BaseTrainer, autocast_dtype, padding_id
 from reprdpo.training.checkpoint import load_state, save_state
-from reprdpo.training.confidence import RewardConfidence, ScoredBatch, check_replicas
+from reprdpo.training.confidence import REWARD_FOLDER, RewardConfidence, ScoredBatch, check_replicas
 from reprdpo.training.config import ReprDPOConfig
 from reprdpo.training.kto import LOSS_TYPE as KTO
 from reprdpo.training.kto import SERVED_BY, KTOBaseline
@@ -47,7 +47,6 @@ from reprdpo.training.metrics import MetricWindow
 from reprdpo.training.reference import reference_logps
 
 STATE_FILE = "preference_state.safetensors"
-REWARD_FOLDER = "reward"
 _COLUMNS = (
     "chosen_input_ids",
     "chosen_response_start",
@@ -230,14 +229,14 @@ class ReprDPOTrainer(BaseTrainer):
 
     def _score(self, confidence: RewardConfidence, states: list[Tensor], inputs: dict[str, Tensor]) -> ScoredBatch:
         """Gamma from R as it stands, then, in training, R's own step."""
-        training, index_S = self.model.training, inputs["last_token_index"]
+        training, last, index_S = self.model.training, self.accelerator.sync_gradients, inputs["last_token_index"]
         if training:
             size = confidence.reward.probe_weight.shape
-            flop = costs.reward_flop(*size, sequences=len(index_S), update=confidence.updates)
-            self.costs.count(flop, "reward")
+            flop = costs.reward_flop(*size, sequences=len(index_S), gradients=confidence.updates)
+            self.costs.count(flop + (costs.reward_step_flop(*size) if confidence.updates and last else 0), "reward")
         read = indexed_states(states, inputs)
         pooled = (mean_over_tokens(read, inputs), None) if confidence.reads_means else (read, index_S)
-        return confidence.score(*pooled, training=training, last=self.accelerator.sync_gradients)
+        return confidence.score(*pooled, training=training, last=last)
 
     def _reference_logp(self, inputs: dict[str, Tensor], side: str) -> Tensor | None:
         found = inputs.get(f"ref_{side}_logps")

@@ -14,6 +14,7 @@ from reprdpo.data import (
     TokenizeConfig,
     load_preferences,
     render_prompt,
+    tokenize_nonempty,
     tokenize_pair,
     tokenize_preferences,
     tokenize_prompt,
@@ -145,12 +146,10 @@ def test_a_long_prompt_says_its_length_the_limit_and_the_cure(characters: Any, m
 
 
 def test_prompts_to_generate_from(characters: Any) -> None:
-    config = TokenizeConfig(max_length=10, truncation_mode="keep_end")
-    assert tokenize_prompt(characters, "012345678", config, max_new_tokens=3) == [
-        BOS,
-        *ids_of(characters, *"345678"),
-    ]
-    assert len(tokenize_prompt(characters, "012345678", config, max_new_tokens=9)) == 5
+    config = TokenizeConfig(max_length=10, max_prompt_length=7, truncation_mode="keep_end")
+    assert tokenize_prompt(characters, "012345678", config) == [BOS, *ids_of(characters, *"345678")]
+    config = TokenizeConfig(max_length=9, truncation_mode="keep_end")
+    assert tokenize_prompt(characters, "012345678", config) == [BOS, *ids_of(characters, *"12345678")]
 
 
 @pytest.mark.parametrize(
@@ -268,3 +267,13 @@ def test_real_pairs_cut_to_the_model(real_dir: Path) -> None:
             assert 1 <= start < len(ids) <= 512
     with pytest.raises(PromptTooLongError, match=r"hh, row 2: the prompt has 486 tokens and may have 398"):
         tokenize_preferences(pairs, tokenizer, TokenizeConfig(max_length=512), where="hh")
+
+
+def test_empty_responses_have_no_row_and_a_text_that_answers_a_chat_is_the_assistants() -> None:
+    tokenizer, config = character_tokenizer(template=CHATML), TokenizeConfig()
+    chat = [{"role": "user", "content": "why"}]
+    said = [{"role": "assistant", "content": "so"}]
+    places, rows = tokenize_nonempty(tokenizer, [chat, chat, chat], ["so", " \n", said], config)
+    assert places == [0, 2]
+    assert rows == [tokenize_response(tokenizer, chat, said, config)._asdict()] * 2
+    assert tokenize_nonempty(tokenizer, [], [], config) == ([], [])

@@ -156,7 +156,7 @@ class Slow(CountingJudge):
                 print("five", flush=True)
                 time.sleep(60)
             yield word
-judge_responses(Slow(), [str(n) for n in range(20)], ["x"] * 20, cache_dir={str(tmp_path)!r}, progress=False)
+judge_responses(Slow(), [str(n) for n in range(20)], ["x"] * 20, cache_dir={str(tmp_path)!r})
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment)

@@ -100,12 +100,12 @@ class TestSideBySide:
         assert [row["prompt"] for row in rows] == ["p0", "p1", "p2"]
         assert rows[2]["responses"] == {"base": {"text": "base2"}, "tuned": {"text": "tuned2"}}
 
-    def test_the_telling_ones_first(self):
+    def test_with_the_judges_word(self):
         safe, unsafe = Judgement(False, True), Judgement(True, False)
         judged = {"base": [safe, unsafe, unsafe], "tuned": [safe, unsafe, safe]}
-        (row,) = side_by_side({"base": BASE, "tuned": TUNED}, judgements=judged, limit=1)
-        assert row["prompt_id"] == 2
-        assert row["responses"]["tuned"] == {"text": "tuned2", "unsafe": False, "refusal": True}
+        rows = side_by_side({"base": BASE, "tuned": TUNED}, judgements=judged)
+        assert [row["responses"]["base"]["unsafe"] for row in rows] == [False, True, True]
+        assert rows[2]["responses"]["tuned"] == {"text": "tuned2", "unsafe": False, "refusal": True}
 
     def test_other_prompts_are_refused(self):
         with pytest.raises(UserError, match="no system"):

@@ -1,6 +1,7 @@
 """Table 2, Table 3 and Figure 4 on the smallest sandbox, over one pipeline run that they share."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,11 @@ from small_mmlu import write_small_mmlu
 from reprdpo.data.sandbox.world import CATEGORIES
 from reprdpo.errors import UserError
 from reprdpo.evaluation.judges import SandboxJudge
+from reprdpo.experiments.config import RunConfig, SampleSection
 from reprdpo.experiments.experiment import run_experiment
+from reprdpo.experiments.recipes import figure4
+from reprdpo.experiments.responses_at import Responses
+from reprdpo.experiments.rows import rows_of
 from reprdpo.files import read_json
 from reprdpo.sampling import read_samples
 
@@ -99,6 +104,23 @@ def test_figure4_has_three_classes_that_sum_to_one(output: Path, cache_dir: Path
             "Full refusal",
         ]
     assert len(result["orderings"]) == 2 * 5
+
+
+def test_figure4_ranks_as_many_responses_as_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scripted:
+        def __init__(self, *_: object) -> None: ...
+
+        def draw(self, rows: object, many: int, folder: Path) -> Responses:
+            return Responses(folder, ["p"], [[f"response {number}" for number in range(many)]])
+
+        def score(self, responses: Responses, *_: object) -> list[list[float]]:
+            return [[float(number) for number in range(len(texts))] for texts in responses.texts]
+
+    monkeypatch.setattr(figure4, "Answerer", Scripted)
+    config = RunConfig(output_dir="run", systems=("rs",), sample=SampleSection(num_responses=4, best_of=2))
+    done: Any = SimpleNamespace(rows={row.name: row for row in rows_of(config)}, config=config, reward=lambda: None)
+    job: Any = SimpleNamespace(folder=Path("experiment"))
+    assert figure4._draw(job, done, "rs", [], 0).texts == [["response 1"]]
 
 
 @pytest.mark.slow

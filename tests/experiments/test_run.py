@@ -164,6 +164,13 @@ def test_bad_input_is_said_before_any_stage(tmp_path: Path, tiny_config: RunConf
     RunFolder(replace(config, train={"beta": 1.0}))  # the mistake has not claimed the folder
 
 
+@pytest.mark.parametrize("name", ["preferences", "prompts"])
+def test_data_that_the_sandbox_would_not_read_are_refused(tmp_path: Path, tiny_config: RunConfig, name: str) -> None:
+    config = replace(tiny_config, output_dir=str(tmp_path / "run"), **{name: "mine.jsonl"})
+    with pytest.raises(UserError, match=f"{name}: the sandbox is aligned on its own"):
+        run(config, say=lambda line: None)
+
+
 def test_a_server_that_is_not_there_is_said_before_any_stage(tmp_path: Path, tiny_config: RunConfig) -> None:
     said: list[str] = []
     sample = replace(tiny_config.sample, engine="openai", base_url="http://127.0.0.1:1/v1")

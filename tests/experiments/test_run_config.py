@@ -1,5 +1,6 @@
 """A run's YAML is read strictly: every key known, every value of its type."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,15 @@ def test_numbers_that_yaml_takes_for_text(tmp_path: Path) -> None:
         (MINIMAL + "data: {max_lenght: 3}\n", "data.max_lenght: no such key; did you mean 'max_length'?"),
         (MINIMAL + "train: {betta: 3}\n", "train.betta: no such key; did you mean 'beta'?"),
         (MINIMAL + "train_overrides: {dpo: {betta: 3}}\n", "train_overrides.dpo.betta: no such key"),
+        (MINIMAL + "sample: {top: 0}\n", "sample.top: must be at least 1, not 0"),
+        (MINIMAL + "sample: {min_gap: .nan}\n", "sample.min_gap: must be at least 0, not nan"),
+        (MINIMAL + "fit: {limit: 0}\n", "fit.limit: must be at least 1, not 0"),
+        (MINIMAL + "online: {num_responses: 1}\n", "online.num_responses: must be at least 2, not 1"),
+        (MINIMAL + "evaluate: {limit: 0}\n", "evaluate.limit: must be at least 1, not 0"),
+        (MINIMAL + "evaluate: {temperature: -1}\n", "temperature is -1.0"),
+        (MINIMAL + "train: {max_length: 9}\n", "train.max_length: is decided for the whole run; set data.max_length"),
+        (MINIMAL + "sft: {truncation_mode: drop}\n", "sft.truncation_mode: is decided for the whole run"),
+        (MINIMAL + "train_overrides: {dpo: {seed: 3}}\n", "train_overrides.dpo.seed: is decided for the whole run"),
         (MINIMAL + "online: {reward_model: {lr: 3}}\n", "online.reward_model.lr: no such key"),
         (MINIMAL + "seeds: [a]\n", "seeds: expected int, got 'a'"),
         (MINIMAL + "seeds: []\n", "each must name at least one"),
@@ -65,6 +75,24 @@ def test_what_is_wrong_is_named_with_its_file(tmp_path: Path, text: str, message
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"{tmp_path / 'run.yaml'}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_systems_training_arguments_are_those_it_is_trained_with(tmp_path: Path) -> None:
+    text = MINIMAL + "train: {preset: paper, beta: 0.3}\ntrain_overrides: {reprdpo: {preset: null, beta: 0.2}}\n"
+    config = read(tmp_path, text)
+    paper, plain = config.training_arguments("dpo"), config.training_arguments("reprdpo")
+    assert (paper["alpha"], paper["per_device_train_batch_size"], paper["beta"]) == (7.5, 4, 0.3)
+    assert (plain["alpha"], plain["per_device_train_batch_size"], plain["beta"]) == ("auto", 8, 0.2)
+
+
+def test_how_prompts_are_answered(tmp_path: Path) -> None:
+    """The sampling alone, whose number of responses the online system sets anew."""
+    text = MINIMAL + "sample: {num_responses: 8, best_of: 4, seed: 3}\n"
+    sampling = read(tmp_path, text).sampling()
+    assert (sampling.num_responses, sampling.seed, sampling.truncation_mode) == (8, 3, "error")
+    assert replace(sampling, num_responses=2).num_responses == 2
+    assert read(tmp_path, text + "data: {truncation_mode: keep_end}\n").sampling().truncation_mode == "keep_end"
+    assert read(tmp_path, text + "data: {truncation_mode: drop}\n").sampling().truncation_mode == "error"
 
 
 def test_missing_file(tmp_path: Path) -> None:

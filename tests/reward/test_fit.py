@@ -63,6 +63,17 @@ def test_parameters_read_raw_states() -> None:
         assert report.gate == gate
 
 
+@pytest.mark.parametrize("gate", ["softmax", "static", "vote"])
+@pytest.mark.parametrize(("P", "L", "D"), [(20, 3, 12), (20, 6, 6), (8, 16, 40)], ids=["", "D=L", "S=L"])
+def test_folding_knows_the_gates_weights_from_the_probes(P: int, L: int, D: int, gate: str) -> None:
+    """A vote's V [L, L] is over scores, not features, also where it has the shape of weights on features."""
+    chosen, rejected = make_states(P, L, D)
+    config, states = RewardFitConfig(gate=gate, max_iter=10), torch.cat([chosen, rejected])
+    fitted, _ = fit_stages(states, stage1_labels(P, None, None), list(range(P)), config)
+    found = ops.probe_reward(states, None, *fitted.parameters(), gate=gate).reward
+    torch.testing.assert_close(found, fitted.reward(fitted.features(states)).float(), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("D", [12, 300])
 def test_more_signal_is_found(D: int) -> None:
     """Both with fewer and with more rows than features."""

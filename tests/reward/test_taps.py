@@ -39,7 +39,7 @@ def test_pooled_rows_are_the_last_tokens(
     ids, mask = pad(sequences, side)
     last = torch.tensor([row.nonzero().max() for row in mask])
     for pool in ("last", "mean"):
-        with torch.no_grad(), HiddenStateTap.pooled(model, mask, pool=pool) as tap, HiddenStateTap(model) as whole:
+        with torch.no_grad(), PooledStateTap(model, mask, pool=pool) as tap, HiddenStateTap(model) as whole:
             model(input_ids=ids, attention_mask=mask, logits_to_keep=1)
         stacked = torch.stack(whole.states, dim=1)
         if pool == "last":

@@ -26,12 +26,12 @@ class CountingEngine:
     def fingerprint(self):
         return self.engine.fingerprint()
 
-    def generate(self, prompts, config, *, num_responses=None, prompt_ids=None):
+    def generate(self, prompts, config, *, prompt_ids=None):
         if self.lives == 0:
             raise KeyboardInterrupt
         self.lives = None if self.lives is None else self.lives - 1
         self.asked += len(prompts)
-        return self.engine.generate(prompts, config, num_responses=num_responses, prompt_ids=prompt_ids)
+        return self.engine.generate(prompts, config, prompt_ids=prompt_ids)
 
 
 @pytest.fixture(scope="module")

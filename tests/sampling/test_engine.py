@@ -29,7 +29,7 @@ def test_yields_every_prompt_in_order(engine):
     found = list(engine.generate(PROMPTS, CONFIG))
     assert [place for place, _ in found] == list(range(len(PROMPTS)))
     assert all(len(responses) == 3 for _, responses in found)
-    assert len(drawn(engine, num_responses=5)[0]) == 5
+    assert len(drawn(engine, config=dataclasses.replace(CONFIG, num_responses=5))[0]) == 5
 
 
 def test_batching_and_padding_change_nothing(engine):

@@ -60,6 +60,13 @@ def test_mistakes_name_the_field(tmp_path: Path, field: str, value: Any) -> None
         ReprDPOConfig(output_dir=str(tmp_path), **{field: value})
 
 
+@pytest.mark.parametrize("splits", [{"max_tokens_per_device": 512}, {"gradient_accumulation_steps": 2}])
+def test_a_batch_in_parts_has_no_mean_gamma(tmp_path: Path, splits: dict[str, int]) -> None:
+    ReprDPOConfig(output_dir=str(tmp_path), **splits)
+    with pytest.raises(UserError, match=f"confidence_reduce: a batch that {next(iter(splits))} splits has no gamma"):
+        ReprDPOConfig(output_dir=str(tmp_path), confidence_reduce="batch", **splits)
+
+
 @pytest.mark.parametrize("settings", [{"resample_steps": "often"}, {"resample_steps": 0}, {"max_steps": -1}])
 def test_online_mistakes(tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):

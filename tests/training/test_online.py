@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from test_trainer import logged
 
 from reprdpo.errors import UserError
-from reprdpo.files import read_jsonl
 from reprdpo.training import OnlineDPOConfig, OnlineDPOTrainer, last_checkpoint
 
 Make = Callable[..., Any]
@@ -37,12 +37,6 @@ class Resample:
 def config_of(make_config: Make, **settings: Any) -> OnlineDPOConfig:
     shape = {"max_steps": 7, "resample_steps": 3, "per_device_train_batch_size": 2, "confidence_source": "fixed"}
     return make_config(OnlineDPOConfig, **{**shape, **settings})
-
-
-def logged(config: OnlineDPOConfig) -> list[dict[str, Any]]:
-    """The metrics, without what they cost, which no two runs share."""
-    lines = [line for _, line in read_jsonl(Path(config.output_dir) / "metrics.jsonl")]
-    return [{name: value for name, value in line.items() if not name.startswith("cost/")} for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +67,7 @@ def test_rounds_are_drawn_from_the_policy_of_their_step(
     assert [number for number, _, _ in resample.calls] == list(range(len(steps)))
     assert [weight for _, weight, _ in resample.calls] == [weights[step] for step in steps]
     assert not any(training for _, _, training in resample.calls)
-    assert len(logged(trainer.args)) == 7
+    assert len(logged(trainer.args.output_dir)) == 7
 
 
 def test_step_0_costs_log_2_and_later_rounds_keep_the_reference(
@@ -81,7 +75,7 @@ def test_step_0_costs_log_2_and_later_rounds_keep_the_reference(
 ) -> None:
     config = config_of(make_config, learning_rate=0.05)
     OnlineDPOTrainer(make_model(), config, resample=Resample(pairs)).train()
-    lines = logged(config)
+    lines = logged(config.output_dir)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert abs(lines[3]["rewards/chosen"]) > 1e-3
 
@@ -114,7 +108,7 @@ def test_resuming_changes_no_bit(
         killed.train()
     resumed, second = run("killed")
     resumed.train(resume_from_checkpoint=last_checkpoint(resumed.args.output_dir))
-    assert logged(resumed.args) == logged(straight.args)
+    assert logged(resumed.args.output_dir) == logged(straight.args.output_dir)
     numbers = [number for number, _, _ in first.calls + second.calls]
     assert numbers == sorted(set(numbers))
     for got, expected in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
@@ -124,9 +118,9 @@ def test_resuming_changes_no_bit(
 def test_resuming_a_finished_run_trains_no_further(make_model: Make, make_config: Make, pairs: Dataset) -> None:
     config = config_of(make_config, save_strategy="steps", save_steps=7)
     OnlineDPOTrainer(make_model(), config, resample=Resample(pairs)).train()
-    lines, again = logged(config), Resample(pairs)
+    lines, again = logged(config.output_dir), Resample(pairs)
     OnlineDPOTrainer(make_model(), config, resample=again).train(resume_from_checkpoint=True)
-    assert (logged(config), again.calls) == (lines, [])
+    assert (logged(config.output_dir), again.calls) == (lines, [])
 
 
 def test_a_new_run_keeps_no_old_round(make_model: Make, make_config: Make, pairs: Dataset) -> None:

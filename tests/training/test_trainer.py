@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from reprdpo import costs
 from reprdpo.data import PreferenceCollator
 from reprdpo.errors import UserError
 from reprdpo.files import read_json, read_jsonl
@@ -130,8 +131,8 @@ def test_updates_are_those_of_the_formula(
 def test_accumulating_equals_the_larger_batch(
     make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset, tmp_path: Path
 ) -> None:
-    """Policy and reward alike: the reward is updated once an optimizer step, on all its pairs."""
-    ends = []
+    """Policy and reward alike: the reward is updated once an optimizer step, on all its pairs, and so is counted."""
+    ends, counted = [], []
     for name, size, accumulate in (("large", 4, 1), ("small", 2, 2)):
         reward = make_reward()
         config = make_config(
@@ -144,6 +145,10 @@ def test_accumulating_equals_the_larger_batch(
         trainer = ReprDPOTrainer(make_model(), config, train_dataset=pairs, reward=reward)
         trainer.train()
         ends.append((parameters(trainer.model), parameters(reward), logged(config.output_dir)))
+        counted.append([line["cost/reward_flop"] for _, line in read_jsonl(tmp_path / name / "metrics.jsonl")])
+    size = reward.probe_weight.shape
+    step = costs.reward_flop(*size, sequences=8, gradients=True) + costs.reward_step_flop(*size)
+    assert counted == [[step] * 3] * 2
     for large, small in zip(*(end[0] + end[1] for end in ends), strict=True):
         assert torch.allclose(large, small, atol=1e-5)
     for large, small in zip(untied(ends[0][2]), untied(ends[1][2]), strict=True):

@@ -1,7 +1,6 @@
 """The sandbox on disk: what is missing is built, what is there is used."""
 
 import contextlib
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from reprdpo.data.sandbox.corpus import CorpusConfig, CorpusSize
 from reprdpo.data.sandbox.tokenizer import build_tokenizer
 from reprdpo.data.sandbox.world import Kind, SandboxWorld, build_world
 from reprdpo.errors import UserError
-from reprdpo.files import content_hash, disk_errors, write_text
+from reprdpo.files import content_hash, disk_errors, write_jsonl
 
 Rows = list[dict[str, Any]]
 
@@ -118,7 +117,7 @@ def _write_tables(folder: Path, tables: dict[str, Rows]) -> None:
     if not folder.is_dir():
         with _whole_folder(folder) as unfinished:
             for name, rows in tables.items():
-                write_text(unfinished / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+                write_jsonl(unfinished / f"{name}.jsonl", rows)
 
 
 def _tables(world: SandboxWorld, recipe: Scale) -> dict[str, Rows]:

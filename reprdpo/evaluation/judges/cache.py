@@ -22,7 +22,6 @@ def judge_responses(
     responses: Sequence[str],
     *,
     cache_dir: str | Path | None = None,
-    progress: bool = True,
 ) -> list[Judgement]:
     """One judgement a response, in order; everything that judges responses goes through here.
 
@@ -41,7 +40,7 @@ def judge_responses(
     known = {} if path is None else _read(path)
     missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
     if missing:
-        _ask(judge, missing, known, path, progress)
+        _ask(judge, missing, known, path)
     return [known[key] for key in keys]
 
 
@@ -50,7 +49,6 @@ def _ask(
     missing: dict[str, tuple[Prompt, str]],
     known: dict[str, Judgement],
     path: Path | None,
-    progress: bool,
 ) -> None:
     """Add the judgement of every missing text to ``known``, and to the file as it comes."""
     names = list(missing)
@@ -59,9 +57,7 @@ def _ask(
         if writer is not None and not writer.path.stat().st_size:
             writer.write({"format": FORMAT, "judge": judge.name, "fingerprint": judge.fingerprint()})
         judged = judge.stream(*map(list, zip(*missing.values(), strict=True)))
-        for place, judgement in tqdm(
-            judged, desc=judge.name, total=len(names), unit=" responses", disable=not progress, delay=2
-        ):
+        for place, judgement in tqdm(judged, desc=judge.name, total=len(names), unit=" responses", delay=2):
             known[names[place]] = judgement
             if writer is not None:
                 writer.write({"key": names[place], **dataclasses.asdict(judgement)})

@@ -15,7 +15,7 @@ from reprdpo.evaluation.judges.judgement import Judgement, ModelJudge, asked
 from reprdpo.evaluation.judges.local_lm import LocalLM
 from reprdpo.evaluation.judges.template import JudgeTemplate
 from reprdpo.files import content_hash
-from reprdpo.http_json import JsonClient, excerpt
+from reprdpo.http_json import JsonClient, api_root, excerpt
 
 
 class InstructJudge(ModelJudge):
@@ -91,9 +91,8 @@ class EndpointJudge(ModelJudge):
         for option, value in (("concurrency", concurrency), ("max_characters", max_characters)):
             if value < 1:
                 raise UserError(f"judge openai: {option} is {value}; expected 1 or more")
-        base_url = base_url.rstrip("/")
         self._settings = {
-            "base_url": base_url if base_url.count("/") > 2 else f"{base_url}/v1",
+            "base_url": api_root(base_url),
             "key": os.environ.get("REPRDPO_API_KEY") or None,
             "timeout": timeout,
             "retries": retries,

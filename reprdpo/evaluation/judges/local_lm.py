@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from reprdpo.data import Message, length_grouped_batches
+from reprdpo.data import Message, length_grouped_batches, pad_sequences
 from reprdpo.errors import UserError, first_line
 from reprdpo.files import content_hash, looks_local
-from reprdpo.models import load_causal_lm, load_tokenizer
+from reprdpo.models import accelerator, load_causal_lm, load_tokenizer
 
 LONGEST = 8192  # tokens of a judge's prompt, where neither the model nor the user sets a lower limit
 
@@ -95,11 +95,8 @@ class LocalLM:
 
     @torch.inference_mode()
     def _continue(self, rows: Sequence[Sequence[int]], max_new_tokens: int, scored: bool) -> list[Generated]:
-        length, pad = max(map(len, rows)), self.tokenizer.pad_token_id
-        device = self.model.device
-        ids_BT = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows], device=device)
-        mask_BT = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
-        ends = self._ends()
+        pad, ends = self.tokenizer.pad_token_id, self._ends()
+        ids_BT, mask_BT = (part.to(self.model.device) for part in pad_sequences(rows, pad, side="left"))
         found = self.model.generate(
             ids_BT,
             attention_mask=mask_BT,
@@ -116,7 +113,7 @@ class LocalLM:
         steps = found.logits[:_SCORED_STEPS] if scored else []
         logps_BSV = torch.stack(steps, 1).float().log_softmax(-1).cpu() if steps else torch.empty(len(rows), 0, 0)
         generated = []
-        for row, tokens in enumerate(found.sequences[:, length:].tolist()):
+        for row, tokens in enumerate(found.sequences[:, ids_BT.shape[1] :].tolist()):
             end = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
             generated.append(Generated(tokens[:end], logps_BSV[row, :end]))
         return generated
@@ -181,8 +178,3 @@ def folder_fingerprint(folder: Path) -> str:
 def _hash_of(files: tuple[tuple[str, int, int], ...]) -> str:
     """Size and time stand in the key so that weights are read once a process, unless they change."""
     return content_hash(*(value for name, _, _ in files for value in (Path(name).name, Path(name))))
-
-
-def accelerator() -> torch.device | None:
-    """The accelerator, where there is one."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

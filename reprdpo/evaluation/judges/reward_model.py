@@ -19,8 +19,9 @@ from reprdpo.data import Text as Prompt
 from reprdpo.errors import UserError, first_line
 from reprdpo.evaluation.judges.conversation import conversation, cut, without_special
 from reprdpo.evaluation.judges.judgement import Judgement, ModelJudge, asked
-from reprdpo.evaluation.judges.local_lm import accelerator, folder_fingerprint, judge_config, judge_folder, prompt_limit
+from reprdpo.evaluation.judges.local_lm import folder_fingerprint, judge_config, judge_folder, prompt_limit
 from reprdpo.files import content_hash
+from reprdpo.models import accelerator
 
 Input = Literal["pair", "chat"]
 

@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from reprdpo.data import ResponseCollator, TokenizeConfig, in_kind, is_empty, length_grouped_batches, tokenize_response
+from reprdpo.data import (
+    ResponseCollator,
+    TokenizeConfig,
+    in_kind,
+    is_empty,
+    length_grouped_batches,
+    to_device,
+    tokenize_response,
+)
 from reprdpo.evaluation.stability import effective_sample_size, kendall, ngram_overlap, shared_probability, spearman
 from reprdpo.experiments.stages import Policy
 from reprdpo.reward import HybridReward
@@ -18,6 +26,7 @@ from reprdpo.statistics import FloatArray
 from reprdpo.training.reference import batch_logps
 
 BLIND = 0.02
+_BATCH_SIZE = 64
 RANKINGS = {
     "reward": "R, of each policy's own states and probes",
     "fixed_reward": "R, probes as before",
@@ -145,11 +154,11 @@ def score(policy: Policy, rewards: dict[str, HybridReward], draws: Sequence[Draw
 
 
 @torch.inference_mode()
-def sequence_logps(model: PreTrainedModel, rows: list[dict[str, Any]], batch_size: int = 64) -> list[float]:
+def sequence_logps(model: PreTrainedModel, rows: list[dict[str, Any]]) -> list[float]:
     """log pi(y | x) of each row, summed over the response."""
     collate, found = ResponseCollator(0), [math.nan] * len(rows)  # any token serves as padding: it is masked
-    for batch in length_grouped_batches([len(row["input_ids"]) for row in rows], batch_size):
-        inputs = {name: value.to(model.device) for name, value in collate([rows[row] for row in batch]).items()}
+    for batch in length_grouped_batches([len(row["input_ids"]) for row in rows], _BATCH_SIZE):
+        inputs = to_device(collate([rows[row] for row in batch]), model.device)
         for row, value in zip(batch, batch_logps(model, inputs).tolist(), strict=True):
             found[row] = value
     return found

@@ -10,12 +10,12 @@ from reprdpo.data import load_preferences
 from reprdpo.errors import UserError
 from reprdpo.experiments.config import SANDBOX, RunConfig
 from reprdpo.experiments.finished_run import FinishedRun
-from reprdpo.experiments.results import Interval, Ordering
+from reprdpo.experiments.results import Interval, Ordering, Series
 from reprdpo.experiments.sources import first, read_inputs
 from reprdpo.experiments.stages import Policy, safety_labels
 from reprdpo.experiments.systems import SYSTEMS
-from reprdpo.reward import extract_pair_states
-from reprdpo.statistics import ClusteredMean
+from reprdpo.reward import RewardEvaluation, extract_pair_states
+from reprdpo.statistics import ClusteredMean, p_words
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,25 @@ def interval(found: ClusteredMean | None) -> Interval | None:
     return None if found is None else Interval(found.value, found.low, found.high, found.n)
 
 
+def layer_series(label: str, found: RewardEvaluation) -> Series:
+    """The pair accuracy of each layer's probe, counted from 1, with its interval."""
+    accuracy = found.layer_accuracy
+    return Series(
+        label,
+        y=[layer.value for layer in accuracy],
+        x=[float(layer) for layer in range(1, found.num_layers + 1)],
+        low=[layer.low for layer in accuracy],
+        high=[layer.high for layer in accuracy],
+    )
+
+
 def below(claim: str, found: ClusteredMean, *, unit: str = "points", factor: float = 100) -> Ordering:
     """The claim "A below B", with its test; ``found`` is the mean of A - B."""
     held = {(True, False): True, (False, True): False}.get((found.high < 0, found.low > 0))
     p = found.p if found.p is not None else math.nan
     shown = [f"{factor * value:+.{1 if factor == 100 else 3}f}" for value in (found.value, found.low, found.high)]
     detail = (
-        f"{shown[0]} {unit}, 95 % interval [{shown[1]}, {shown[2]}], {'p < 0.001' if p < 0.001 else f'p = {p:.3f}'}, "
+        f"{shown[0]} {unit}, 95 % interval [{shown[1]}, {shown[2]}], {p_words(p)}, "
         f"n = {found.n} in {found.groups} prompts"
     )
     return Ordering(claim, held, found.value, found.low, found.high, p, detail)

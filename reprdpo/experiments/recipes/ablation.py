@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from reprdpo.evaluation import compare
 from reprdpo.experiments.config import Variant
 from reprdpo.experiments.experiment import Job
 from reprdpo.experiments.finished_run import COLUMNS, FinishedRun, accuracy_of
-from reprdpo.experiments.results import Cell, Column, Interval, Result, Table
+from reprdpo.experiments.results import Cell, Column, Result, Table
 from reprdpo.files import read_json
 
 TITLE = "Ablation of the method's settings"
@@ -99,9 +98,7 @@ def _row(finished: FinishedRun, name: str) -> dict[str, Cell]:
     row = {**finished.table_row(name), **_accuracy(finished, name)}
     if name == DEFAULT:
         return row
-    found = compare(finished.outcomes(name), finished.outcomes(DEFAULT))
-    difference = Interval(found.difference, found.low, found.high, found.n, found.unparsed)
-    return {**row, "difference": difference, "p": found.p}
+    return row | finished.difference(name, DEFAULT)
 
 
 def _accuracy(finished: FinishedRun, name: str) -> dict[str, Cell]:
@@ -114,7 +111,7 @@ def _accuracy(finished: FinishedRun, name: str) -> dict[str, Cell]:
 
 def _own(finished: FinishedRun) -> str:
     fit, report = finished.config.fit, read_json(finished / "fit" / "report.json")
-    alpha = finished.config.training_arguments(DEFAULT).get("alpha", "auto")
+    alpha = finished.config.training_arguments(DEFAULT)["alpha"]
     chosen = f"auto, here {report['alpha']:.3g}" if alpha == "auto" else str(alpha)
     of = finished.config.sample.best_of or finished.config.sample.num_responses
     return f"alpha {chosen}, mu {fit.margin:g}, gate {fit.gate}, pool {fit.pool}, {of} responses"

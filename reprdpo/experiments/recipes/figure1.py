@@ -11,10 +11,11 @@ from reprdpo.experiments.recipes._states import (
     interval,
     labelled_pairs,
     labelled_states,
+    layer_series,
     policy_of,
     read_pairs,
 )
-from reprdpo.experiments.results import Column, Figure, Line, Result, Series, Table
+from reprdpo.experiments.results import Column, Figure, Line, Result, Table
 from reprdpo.experiments.stages import Policy
 from reprdpo.experiments.systems import SYSTEMS
 from reprdpo.reward import RewardEvaluation, evaluate_rewards
@@ -95,15 +96,6 @@ def _table(named: dict[str, RewardEvaluation]) -> Table:
 def _figure(named: dict[str, RewardEvaluation]) -> Figure:
     series, lines = [], []
     for name, found in named.items():
-        accuracy = found.layer_accuracy
-        series.append(
-            Series(
-                name,
-                y=[layer.value for layer in accuracy],
-                x=[float(layer) for layer in range(1, found.num_layers + 1)],
-                low=[layer.low for layer in accuracy],
-                high=[layer.high for layer in accuracy],
-            )
-        )
+        series.append(layer_series(name, found))
         lines.append(Line(f"Gated reward, {name[0].lower()}{name[1:]}", found.methods["gated"].accuracy.value))
     return Figure("figure1", TITLE, "line", "Layer", "Pair accuracy", series, lines=lines, note="95 % intervals.")

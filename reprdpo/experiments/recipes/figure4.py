@@ -14,8 +14,6 @@ from reprdpo.experiments.finished_run import FinishedRun
 from reprdpo.experiments.responses_at import Answerer, Responses, Tally, best, rate, tally
 from reprdpo.experiments.results import Cell, Column, Figure, Interval, Ordering, Result, Series, Table
 from reprdpo.experiments.sources import read_inputs
-from reprdpo.reward import HybridReward
-from reprdpo.training import BradleyTerryRewardModel
 
 TITLE = "Figure 4: refusal of safe and unsafe prompts"
 QUESTION = "Does alignment make a model refuse safe prompts that only look unsafe?"
@@ -108,12 +106,9 @@ def _draw(job: Job, done: FinishedRun, name: str, rows: Rows, seed: int) -> Resp
     picks, answerer, folder = done.rows[name].system.best_of, Answerer(done, name, seed), job.folder / "responses"
     if picks is None:
         return answerer.draw(rows, 1, folder)
-    responses = answerer.draw(rows, done.config.sample.num_responses, folder)
-    reward = (
-        HybridReward.from_pretrained(done / "reward")
-        if picks == "reward"
-        else BradleyTerryRewardModel.from_pretrained(done / "reward_model" / "model")
-    )
+    sample = done.config.sample
+    responses = answerer.draw(rows, sample.best_of or sample.num_responses, folder)
+    reward = done.reward() if picks == "reward" else done.reward_model()
     return responses.only(best(answerer.score(responses, picks, reward), 1))
 
 

@@ -39,12 +39,11 @@ class Shape(NamedTuple):
 
     def reward(self) -> float:
         """FLOP of scoring a pair and of the reward's gradients on it; of no length."""
-        return 2 * costs.reward_flop(self.layers, self.hidden_size, sequences=PAIR)
+        return costs.reward_flop(self.layers, self.hidden_size, sequences=PAIR, gradients=True)
 
     def adam(self, batch: int) -> float:
         """FLOP of the reward's optimizer step, a pair of a batch."""
-        step = costs.reward_flop(self.layers, self.hidden_size, sequences=0, update=True)
-        return step / batch
+        return costs.reward_step_flop(self.layers, self.hidden_size) / batch
 
     def online(self, tokens: int) -> float:
         """FLOP of drawing, scoring and learning from two responses."""
@@ -60,7 +59,8 @@ def run(job: Job) -> Result:
         raise UserError(f"systems: figure7 compares reprdpo with online; add {', '.join(sorted(missing))}")
     finished = job.pipeline()
     shapes = [_shape_of(finished), LLAMA_7B]
-    batch = finished.config.training_arguments("reprdpo").get("per_device_train_batch_size", 4)
+    arguments = finished.config.training_arguments("reprdpo")
+    batch = arguments["per_device_train_batch_size"] * arguments.get("gradient_accumulation_steps", 1)
     found = overhead(_own_stages(finished))
     assert found is not None  # reprdpo moves a reward
     lengths = job.options.lengths

@@ -24,7 +24,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -35,7 +34,6 @@ from reprdpo.experiments.recipes._states import below, check_aligned, interval, 
 from reprdpo.experiments.results import Column, Figure, Interval, Ordering, Result, Series, Table
 from reprdpo.experiments.stages import Policy
 from reprdpo.experiments.systems import SYSTEMS
-from reprdpo.reward import HybridReward
 from reprdpo.sampling import SamplingConfig, TransformersEngine, read_samples, sample_responses
 from reprdpo.statistics import ClusteredMean, FloatArray, clustered_mean, clustered_share
 
@@ -68,7 +66,7 @@ def run(job: Job) -> Result:
             f"{finished.path}: {len(draws)} prompts with three different responses; sample more or hotter ones"
         )
     reference = policy_of(finished, "reference")
-    fitted = HybridReward.from_pretrained(finished / "reward")
+    fitted = finished.reward()
     old = score(reference, {"fixed_reward": fitted}, draws)
     again = _fresh(reference, draws, job, "reference")
     moved = {}
@@ -76,8 +74,7 @@ def run(job: Job) -> Result:
         of_seeds = []
         for seed in config.seeds:
             policy = policy_of(finished, system, seed)
-            kept = Path(policy.path) / "reward"
-            own = HybridReward.from_pretrained(kept) if kept.is_dir() else fitted
+            own = finished.moved_reward(system, seed) or fitted
             job.say(f"comparing {system} seed {seed} with the reference")
             new = score(policy, {"fixed_reward": fitted, "reward": own}, draws)
             of_seeds.append(
@@ -102,14 +99,12 @@ def run(job: Job) -> Result:
 
 def _fresh(policy: Policy, draws: Sequence[Draw], job: Job, name: str) -> list[list[str]]:
     """As many new responses of ``policy`` to each prompt as the run drew, kept in the experiment's folder."""
-    sampling = job.config.sample
-    mode = job.config.data.truncation_mode
-    settings = {f.name: getattr(sampling, f.name) for f in dataclasses.fields(SamplingConfig)}
-    settings |= {"seed": sampling.seed + 1} | ({"truncation_mode": mode} if mode in ("keep_end", "keep_start") else {})
+    sampling = job.config.sampling()
+    sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)
     path = job.folder / f"{name}.jsonl"
     prompts = [{"prompt": draw.prompt} for draw in draws]
     engine = TransformersEngine(policy.model(), policy.tokenizer())
-    records = read_samples(sample_responses(engine, prompts, path, SamplingConfig(**settings), progress=False))
+    records = read_samples(sample_responses(engine, prompts, path, sampling, progress=False))
     return [[response["text"] for response in record["responses"]] for record in records]
 
 

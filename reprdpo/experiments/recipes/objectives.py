@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reprdpo.errors import UserError
-from reprdpo.evaluation import compare
 from reprdpo.experiments.config import Variant
 from reprdpo.experiments.experiment import Job
 from reprdpo.experiments.finished_run import FinishedRun
@@ -83,9 +82,8 @@ def _row(finished: FinishedRun, objective: str, fixed: str, confidence: str) -> 
     row: dict[str, Cell] = {"objective": objective, "fixed": finished.table_row(fixed)["toxic"]}
     if confidence not in finished.rows:
         return row
-    found = compare(finished.outcomes(confidence), finished.outcomes(fixed))
-    difference = Interval(found.difference, found.low, found.high, found.n, found.unparsed)
-    return {**row, "confidence": finished.table_row(confidence)["toxic"], "difference": difference, "p": found.p}
+    with_it = {"confidence": finished.table_row(confidence)["toxic"]}
+    return row | with_it | finished.difference(confidence, fixed)
 
 
 def _ordering(finished: FinishedRun, objective: str, fixed: str, confidence: str) -> Ordering:

@@ -17,6 +17,7 @@ from reprdpo.experiments.recipes._states import (
     interval,
     labelled_pairs,
     labelled_states,
+    layer_series,
     read_pairs,
 )
 from reprdpo.experiments.results import Column, Figure, Line, Ordering, Result, Series, Table
@@ -140,14 +141,6 @@ def _by_category(name: str, data: Labelled, found: RewardEvaluation) -> list[dic
 
 
 def _by_layer(name: str, found: RewardEvaluation) -> Figure:
-    accuracy = found.layer_accuracy
-    probes = Series(
-        "Probe of one layer",
-        y=[layer.value for layer in accuracy],
-        x=[float(layer) for layer in range(1, found.num_layers + 1)],
-        low=[layer.low for layer in accuracy],
-        high=[layer.high for layer in accuracy],
-    )
     lines = [
         Line(METHODS[method], found.methods[method].accuracy.value)
         for method in ("gated", "swift")
@@ -159,7 +152,7 @@ def _by_layer(name: str, found: RewardEvaluation) -> Figure:
         "line",
         "Layer",
         "Pair accuracy",
-        [probes],
+        [layer_series("Probe of one layer", found)],
         lines=lines,
         note=f"{found.num_pairs} pairs, {found.folds}-fold by prompt ({found.num_groups}); 95 % intervals.",
     )

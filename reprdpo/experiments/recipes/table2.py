@@ -88,10 +88,9 @@ def _draw(job: Job, done: FinishedRun, name: str, seed: int) -> tuple[Responses,
     """The responses of one policy, and which of them each selection holds."""
     many, answerer = job.options.num_responses, Answerer(done, name, seed)
     responses = answerer.draw(read_inputs(done.config).red_team, many, job.folder / "responses")
-    moved = done / "systems" / name / f"seed-{seed}" / "model" / "reward"
     rewards: dict[str, HybridReward | BradleyTerryRewardModel] = {
-        "representation": HybridReward.from_pretrained(done / "reward" if name == "sft" else moved),
-        "reward_model": BradleyTerryRewardModel.from_pretrained(done / "reward_model" / "model"),
+        "representation": done.moved_reward(name, seed) or done.reward(),
+        "reward_model": done.reward_model(),
     }
     scores = {reward: answerer.score(responses, reward, found) for reward, found in rewards.items()}
     chosen = {_key(reward, top): best(scores[reward], top) for reward in REWARDS for top in job.options.top}

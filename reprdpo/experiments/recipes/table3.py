@@ -26,7 +26,6 @@ from reprdpo.experiments.results import Cell, Column, Interval, Ordering, Result
 from reprdpo.experiments.sources import default_cache, first
 from reprdpo.files import content_hash, read_json, write_json
 from reprdpo.models import model_fingerprint
-from reprdpo.training import BradleyTerryRewardModel
 
 TITLE = "Table 3: general ability after alignment"
 QUESTION = "What does alignment cost in knowledge (MMLU) and in the quality of answers to plain instructions?"
@@ -62,9 +61,7 @@ class Measure:
     values: Mapping[str, Values]
 
     def interval(self, name: str) -> Interval:
-        values = self.values[name]
-        found = (mean_over_seeds if self.kind == "share" else score_over_seeds)(values)
-        return Interval(found.mean, found.low, found.high, found.n, found.unparsed)
+        return Interval.of((mean_over_seeds if self.kind == "share" else score_over_seeds)(self.values[name]))
 
     def compare(self, low: str, high: str) -> Comparison:
         return (compare if self.kind == "share" else compare_scores)(self.values[low], self.values[high])
@@ -156,7 +153,7 @@ def _answers(answerer: Answerer, config: AbilityConfig, tasks: Mapping[str, Any]
 
 def _scores(job: Job, done: FinishedRun, names: Sequence[str], prompts: Any, judges: Sequence[Judge]) -> list[Measure]:
     """A measure a reward model; without any given, the run's own Bradley-Terry reward model."""
-    own = None if judges else BradleyTerryRewardModel.from_pretrained(done / "reward_model" / "model")
+    own = None if judges else done.reward_model()
     drawn: dict[str, list[Responses]] = {name: [] for name in names}
     scored: dict[str, Values] = {name: [] for name in names}
     for name in names:
