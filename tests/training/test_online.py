@@ -11,6 +11,7 @@ from datasets import Dataset
 from test_trainer import logged
 
 from reprdpo.errors import UserError
+from reprdpo.files import read_jsonl
 from reprdpo.training import OnlineDPOConfig, OnlineDPOTrainer, last_checkpoint
 
 Make = Callable[..., Any]
