@@ -46,10 +46,6 @@ STABLE_TORCH_LIBRARY(reprdpo_native, library) {
   library.def(
       "sparse_residual_product(Tensor residual, Tensor weight, float mass) -> (Tensor product, Tensor kept)");
   library.def(
-      "token_residual(Tensor(a!) logits, Tensor labels, Tensor? bias, float logit_scale, float? softcap, "
-      "float temperature, ScalarType? residual_dtype, bool entropy, bool stats) "
-      "-> (Tensor logp, Tensor row_stats, Tensor entropy, Tensor top1, Tensor mean_logit, Tensor residual)");
-  library.def(
       "logprob(Tensor logits, Tensor labels, float temperature, int ignore_index) "
       "-> (Tensor logp, Tensor row_stats)");
   library.def(
@@ -73,7 +69,6 @@ STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CPU, library) {
   library.impl("residual_weight_grad", TORCH_BOX(&reprdpo::residual_weight_grad_cpu));
   library.impl("residual_hidden_grad", TORCH_BOX(&reprdpo::residual_hidden_grad_cpu));
   library.impl("sparse_residual_product", TORCH_BOX(&reprdpo::sparse_residual_product_cpu));
-  library.impl("token_residual", TORCH_BOX(&reprdpo::token_residual_cpu));
   library.impl("logprob", TORCH_BOX(&reprdpo::logprob_cpu));
   library.impl("logprob_backward", TORCH_BOX(&reprdpo::logprob_backward_cpu));
 }

@@ -50,11 +50,6 @@ void residual_hidden_grad_cpu(Tensor residual, Tensor weight, Tensor scale, Tens
 
 std::tuple<Tensor, Tensor> sparse_residual_product_cpu(Tensor residual, Tensor weight, double mass);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_residual_cpu(
-    Tensor logits, Tensor labels, std::optional<Tensor> bias, double logit_scale,
-    std::optional<double> softcap, double temperature, std::optional<ScalarType> residual_dtype, bool entropy,
-    bool stats);
-
 std::tuple<Tensor, Tensor> logprob_cpu(Tensor logits, Tensor labels, double temperature,
                                        int64_t ignore_index);
 

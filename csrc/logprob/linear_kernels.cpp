@@ -358,6 +358,17 @@ void take_targets(float* logits, int64_t first, int64_t count, int64_t columns, 
   }
 }
 
+// e (z - most) for its sum; where e is 0, z may be -inf.
+inline Vec add_entropy(Vec e, Vec below_most, Vec sum) {
+  return Vec::multiply_add(e, Vec::max(Vec::broadcast(-100.0f), below_most), sum);
+}
+
+// e (1 - tanh^2) of a capped z; where e is 0, z may be -inf.
+inline Vec times_slope(Vec e, Vec z, Vec inverse_cap) {
+  const Vec t = z * inverse_cap, slope = Vec::broadcast(1.0f) - t * t;
+  return Vec::select_less(Vec::zero(), e, e * slope, e);
+}
+
 template <int kVecs, bool kEntropy>
 void exponentiate_columns(float* logits, int64_t count, Transform transform, Wanted wanted, const float* most,
                           float* sum, float* entr) {

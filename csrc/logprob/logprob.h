@@ -56,7 +56,7 @@ struct BlockStats {
 struct PanelLabels {
   const int64_t* label;
   float* target;  // z of the label
-  float* leads;   // 1 where no earlier logit is as large, 0 where one is
+  float* leads;   // 1 where no earlier logit of its block is as large, 0 where one is
 };
 
 // Every pointer to logits leads to [kBlockRows][panel_columns] floats for each panel.
@@ -110,9 +110,6 @@ struct RowStats {
 };
 
 struct RowKernels {
-  // Consumes raw logits u[count]; the residual is written to `out`, which may be u, where it is wanted.
-  void (*token_row)(float* u, int64_t count, int64_t label, const float* bias, Transform transform,
-                    Wanted wanted, Element type, void* out, RowStats* stats);
   // Of z = scale u.
   void (*logprob_row)(Element type, const void* u, int64_t count, int64_t label, float scale,
                       RowStats* stats);

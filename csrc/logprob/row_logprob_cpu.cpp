@@ -17,40 +17,6 @@ int64_t label_or_none(int64_t label, int64_t vocabulary) {
 }  // namespace
 }  // namespace logprob
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_residual_cpu(
-    Tensor logits, Tensor labels, std::optional<Tensor> bias, double logit_scale,
-    std::optional<double> softcap, double temperature, std::optional<ScalarType> residual_dtype, bool entropy,
-    bool stats) {
-  using namespace logprob;
-  check_rows("logits", logits);
-  const int64_t n = logits.size(0), V = logits.size(1);
-  STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && V > 0, "logits must be float32 [n, V], V > 0");
-  check_dense("labels", labels, ScalarType::Long, {n});
-  const Tensor bias_V = bias_of(bias, V, logits);
-  const float* bias_at = bias.has_value() ? bias_V.const_data_ptr<float>() : nullptr;
-  const Wanted wanted{residual_dtype.has_value(), entropy, stats};
-  TokenOutputs out(logits, n, V, wanted);
-  Tensor residual = torch::stable::new_empty(logits, {0, 0});
-  if (wanted.residual && *residual_dtype == ScalarType::Float) residual = logits;
-  if (wanted.residual && *residual_dtype != ScalarType::Float) {
-    residual = torch::stable::new_empty(logits, {n, V}, *residual_dtype);
-  }
-  const Element type = element_of(residual.scalar_type());
-  const Transform transform = transform_of(logit_scale, softcap, temperature);
-  const int64_t row_bytes = residual.dim() == 0 ? 0 : residual.stride(0) * residual.element_size();
-  float* u = logits.mutable_data_ptr<float>();
-  char* to = static_cast<char*>(residual.mutable_data_ptr());
-  const int64_t* label_at = labels.const_data_ptr<int64_t>();
-  parallel_for_each(n, V * 4 * static_cast<int64_t>(sizeof(float)), [&](int64_t i) {
-    const int64_t label = label_or_none(label_at[i], V);
-    RowStats row;
-    kernels().token_row(u + i * logits.stride(0), V, label, bias_at, transform, wanted, type,
-                        to + i * row_bytes, &row);
-    out.set(i, label >= 0, row);
-  });
-  return {out.logp, out.row_stats, out.entropy, out.top1, out.mean_logit, residual};
-}
-
 std::tuple<Tensor, Tensor> logprob_cpu(Tensor logits, Tensor labels, double temperature,
                                        int64_t ignore_index) {
   using namespace logprob;

@@ -63,7 +63,7 @@ inline float log_prob(double most, double target, double sum_other) {
   return static_cast<float>(-gap - std::log(sum_other + std::exp(-gap)));
 }
 
-// Outputs of token_residual by token: log-prob, [3, n] of max z, S_-y and S, and what else is asked for.
+// Outputs by token: log-prob, [3, n] of max z, S_-y and S, and what else is asked for.
 struct TokenOutputs {
   Tensor logp, row_stats, entropy, top1, mean_logit;
   int64_t tokens, vocabulary;

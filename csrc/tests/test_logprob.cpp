@@ -95,7 +95,7 @@ struct Matrix {
 // What the formulas say of one row of raw logits.
 struct Oracle {
   double most = -INFINITY, sum = 0, entr = 0, total = 0, target = 0;
-  bool leads = true;
+  bool leads = true;  // of the label's block
   std::vector<double> residual, without_slope;
 
   Oracle(const std::vector<double>& u, int64_t label, const std::vector<float>& bias, Transform transform) {
@@ -113,7 +113,9 @@ struct Oracle {
       const double e = std::exp(z[j] - most);
       if (!is_label) sum += e;
       if (!is_label && e > 0) entr += e * (z[j] - most);
-      if (static_cast<int64_t>(j) < label && z[j] >= target) leads = false;
+      const bool before =
+          static_cast<int64_t>(j) < label && label - static_cast<int64_t>(j) <= label % kBlockRows;
+      if (before && z[j] >= target) leads = false;
       without_slope.push_back(is_label ? 1 : -e);
     }
     for (size_t j = 0; j < u.size(); ++j) {
@@ -219,6 +221,7 @@ void check_linear(const LinearKernels& k, Element type, const Case& c) {
     expect_close(*got.entr, oracle.entr, error * (oracle.sum + std::abs(oracle.entr)), "entropy term");
     expect_close(*got.total, oracle.total, error * V, "sum of the logits");
     if (labels[i] >= 0) expect_close(target[i], oracle.target, error * 4, "label's logit");
+    if (labels[i] >= 0) expect((leads[i] != 0) == oracle.leads, "leading label", leads[i], oracle.leads);
     check_residual(oracle, transform, type, residual.data() + i * size_of(type), n * size_of(type), error);
   }
 }
@@ -295,35 +298,6 @@ void check_groups(const LinearKernels& k, Element type, int64_t depth, int64_t h
   }
 }
 
-void check_token_rows(const RowKernels& k, Element type) {
-  std::mt19937 random(5);
-  std::normal_distribution<float> normal;
-  for (int64_t V : {1, 7, 8, 16, 33, 1024, 3000}) {
-    for (int64_t label : {int64_t{-1}, int64_t{0}, V / 2, V - 1}) {
-      for (float cap : {0.0f, 4.0f}) {
-        const Transform transform{cap != 0 ? 0.25f : 1.3f, cap};
-        std::vector<float> u(V), bias;
-        for (float& value : u) value = 3 * normal(random);
-        for (int64_t j = 0; j < V && V != 8; ++j) bias.push_back(normal(random));
-        const Oracle oracle(std::vector<double>(u.begin(), u.end()), label, bias, transform);
-        std::vector<char> out(V * size_of(type));
-        RowStats got;
-        k.token_row(u.data(), V, label, bias.empty() ? nullptr : bias.data(), transform, {true, true, true},
-                    type, type == Element::kFloat ? static_cast<void*>(u.data()) : out.data(), &got);
-        expect_close(got.most, oracle.most, 2e-6, "maximum of a row");
-        expect_close(got.sum, oracle.sum, 4e-6 * oracle.sum, "sum of a row");
-        expect_close(got.entr, oracle.entr, 8e-6 * (oracle.sum + std::abs(oracle.entr)), "entropy of a row");
-        expect_close(got.total, oracle.total, 1e-6 * V * 4, "sum of a row's logits");
-        if (label >= 0) expect_close(got.target, oracle.target, 2e-6, "label's logit in a row");
-        if (label >= 0) expect(got.leads == oracle.leads, "leading label", got.leads, oracle.leads);
-        check_residual(oracle, transform, type,
-                       type == Element::kFloat ? static_cast<void*>(u.data()) : out.data(), size_of(type),
-                       1e-5);
-      }
-    }
-  }
-}
-
 void check_logprob_rows(const RowKernels& k, Element type) {
   std::mt19937 random(9);
   for (int64_t V : {1, 7, 8, 16, 33, 1024, 3000}) {
@@ -345,7 +319,12 @@ void check_logprob_rows(const RowKernels& k, Element type) {
 }
 
 // exp and tanh over all magnitudes: a row of two logits, one of them 0, is a function of the other.
-void check_functions(const RowKernels& k) {
+void check_functions(const LinearKernels& linear, const RowKernels& k) {
+  std::vector<float> panel(kBlockRows * linear.panel_columns), stats(6 * linear.panel_columns);
+  const std::vector<int64_t> labels(linear.panel_columns, 0);
+  float* const target = stats.data();
+  const auto of_panel = [&](int64_t number) { return target + number * linear.panel_columns; };
+  const float* const total = of_panel(5);
   double worst_exp = 0, worst_tanh = 0;
   for (uint32_t bits = 0; bits < bits_of(120.0f); bits += 10007) {
     const float x = from_bits(bits);
@@ -355,11 +334,14 @@ void check_functions(const RowKernels& k) {
     const double wanted = std::exp(-static_cast<double>(x));
     if (x < 87) worst_exp = std::max(worst_exp, std::abs(got.sum - wanted) / wanted);
     if (x > 87.4f) expect(got.sum == 0, "exp is 0 where it is under the smallest number", got.sum, 0);
-    float u[2] = {x, -x};
-    k.token_row(u, 2, 0, nullptr, {1, 1}, {false, false, true}, Element::kFloat, nullptr, &got);
+    panel[0] = x;
+    panel[linear.panel_columns] = -x;
+    linear.softmax_block(panel.data(), 0, 2, 1, nullptr, {1, 1}, {false, false, true},
+                         {labels.data(), target, of_panel(1)},
+                         {of_panel(2), of_panel(3), of_panel(4), of_panel(5)});
     const double tanh = std::tanh(static_cast<double>(x));
-    if (tanh > 1e-30) worst_tanh = std::max(worst_tanh, std::abs(got.target - tanh) / tanh);
-    expect(got.total == 0, "tanh is odd", got.total, 0);
+    if (tanh > 1e-30) worst_tanh = std::max(worst_tanh, std::abs(*target - tanh) / tanh);
+    expect(*total == 0, "tanh is odd", *total, 0);
   }
   expect(worst_exp < 1.2 * 0x1p-23, "exp within 1.2 ulp", worst_exp * 0x1p23, 1.2);
   expect(worst_tanh < 2.5 * 0x1p-23, "tanh within 2.5 ulp", worst_tanh * 0x1p23, 2.5);
@@ -372,18 +354,10 @@ void check_special(const RowKernels& k) {
       for (float special : {static_cast<float>(NAN), kInfinity, -kInfinity}) {
         std::vector<float> u(V, 0.5f);
         u[place] = special;
-        std::vector<float> raw = u;
-        const int64_t label = (place + 1) % V;
-        RowStats got, plain{};
-        k.token_row(u.data(), V, label, nullptr, {1, 0}, {true, true, true}, Element::kFloat, u.data(), &got);
-        k.logprob_row(Element::kFloat, raw.data(), V, label, 1, &plain);
-        const double wanted = special < 0 ? static_cast<double>(V - 2) : NAN;
-        expect_close(got.sum, wanted, 1e-6 * V, "sum beside a special number");
-        expect_close(plain.sum, wanted, 1e-6 * V, "log-prob's sum beside a special number");
-        expect_close(got.entr, special < 0 ? 0 : NAN, 0, "entropy beside a special number");
-        const int64_t other = (place + 2) % V;
-        if (V > 2) expect_close(u[other], special < 0 ? -1.0 / (V - 2) : NAN, 1e-6, "residual beside it");
-        expect(u[label] == 1, "residual of the label", u[label], 1);
+        RowStats got{};
+        k.logprob_row(Element::kFloat, u.data(), V, (place + 1) % V, 1, &got);
+        expect_close(got.sum, special < 0 ? static_cast<double>(V - 2) : NAN, 1e-6 * V,
+                     "sum beside a special number");
       }
     }
   }
@@ -404,10 +378,9 @@ void check(const LinearKernels* linear, const RowKernels* rows, CpuCapability ca
     check_groups(*linear, type, 37, 13, 70);
     check_groups(*linear, type, 9, 200, 5);
     if (rows == nullptr) continue;
-    check_token_rows(*rows, type);
     check_logprob_rows(*rows, type);
   }
-  if (rows != nullptr) check_functions(*rows);
+  if (rows != nullptr) check_functions(*linear, *rows);
   if (rows != nullptr) check_special(*rows);
   std::printf("checked %s\n", version);
 }

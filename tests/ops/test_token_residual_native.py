@@ -63,10 +63,6 @@ def linear_pass(hidden, weight, labels, bias=None, scalars=(1.0, None, 1.0), res
     )
 
 
-def token_pass(raw, labels, bias=None, scalars=(1.0, None, 1.0), dtype=torch.float32, entropy=True, stats=True):
-    return torch.ops.reprdpo_native.token_residual(raw, labels, bias, *scalars, dtype, entropy, stats)
-
-
 def unscaled(residual: Tensor) -> Tensor:
     return residual.double() / (HALF_RESIDUAL_SCALE if residual.dtype == torch.float16 else 1.0)
 
@@ -115,19 +111,6 @@ def test_linear_pass_is_the_formula(shape, dtype, head):
     assert_pass(linear_pass(*arguments), *arguments)
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_token_pass_is_the_formula_and_overwrites_float32(dtype, head):
-    hidden, weight, labels, bias, scalars = make_head((7, 33, 1100), dtype, head)
-    # Rows further apart than they are long.
-    raw = torch.full((7, 1200), torch.nan)
-    raw[:, :1100] = hidden.float() @ weight.float().t()
-    result = token_pass(raw[:, :1100], labels, bias, scalars, dtype)
-    assert_pass(result, hidden, weight, labels, bias, scalars)
-    assert raw[:, 1100:].isnan().all()
-    assert (result[5].data_ptr() == raw.data_ptr()) == (dtype == torch.float32)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_error_at_a_real_head(dtype):
     """OPS.md asks for an rms error of at most 1e-4 nats from bf16 inputs at D = 4096; float32 sums reach 5e-6."""
@@ -149,9 +132,7 @@ def test_log_prob_keeps_its_digits_as_the_label_takes_all(dtype):
     exact = Formulas(hidden.double() @ weight.double().t(), labels, None, 1.0, None, 1.0)
     assert exact.logp.max() > -1e-9
     logp, row_stats, _, _, _, residual = linear_pass(hidden, weight, labels)
-    raw = token_pass(hidden.float() @ weight.float().t(), labels)
-    for got in (logp, raw[0]):
-        assert ((got.double() - exact.logp) / exact.logp).abs().max() < 1e-4
+    assert ((logp.double() - exact.logp) / exact.logp).abs().max() < 1e-4
     assert (unscaled(residual).norm(dim=1) / exact.residual.norm(dim=1) - 1).abs().max() < 1e-2
     assert ((row_stats[1].double() - exact.sum_other) / exact.sum_other).abs().max() < 1e-4
 
@@ -160,28 +141,22 @@ def test_far_label_and_label_alone():
     weight = torch.tensor([[0.0], [100.0], [300.0]], dtype=torch.bfloat16)
     hidden = torch.ones(3, 1, dtype=torch.bfloat16)
     labels = torch.tensor([0, 1, 2])
-    for result in (
-        linear_pass(hidden, weight, labels),
-        token_pass(hidden.float() @ weight.float().t(), labels, dtype=torch.bfloat16),
-    ):
-        # exp(m - z_y) would overflow for the first two; nothing but the label has mass for the third.
-        assert result[0].tolist() == [-300.0, -200.0, 0.0]
-        assert result[1][1].tolist() == [1.0, 1.0, 0.0]
-        assert result[5].tolist() == [[1, 0, -1], [0, 1, -1], [0, 0, 1]]
+    result = linear_pass(hidden, weight, labels)
+    # exp(m - z_y) would overflow for the first two; nothing but the label has mass for the third.
+    assert result[0].tolist() == [-300.0, -200.0, 0.0]
+    assert result[1][1].tolist() == [1.0, 1.0, 0.0]
+    assert result[5].tolist() == [[1, 0, -1], [0, 1, -1], [0, 0, 1]]
 
 
 def test_a_label_outside_the_vocabulary_is_nan_in_its_row_alone():
     hidden, weight, labels, _, _ = make_head((5, 16, 120), torch.bfloat16, "plain")
     clean = linear_pass(hidden, weight, labels)
     labels[1], labels[3] = 120, -7
-    for result in (
-        linear_pass(hidden, weight, labels),
-        token_pass(hidden.float() @ weight.float().t(), labels, dtype=torch.bfloat16),
-    ):
-        assert result[0].isnan().tolist() == [False, True, False, True, False]
-        assert (result[1][1] / result[1][2]).isnan().tolist() == [False, True, False, True, False]
-        torch.testing.assert_close(result[0][::2], clean[0][::2], rtol=1e-5, atol=0)
-        assert result[5][::2].isfinite().all()
+    result = linear_pass(hidden, weight, labels)
+    assert result[0].isnan().tolist() == [False, True, False, True, False]
+    assert (result[1][1] / result[1][2]).isnan().tolist() == [False, True, False, True, False]
+    torch.testing.assert_close(result[0][::2], clean[0][::2], rtol=1e-5, atol=0)
+    assert result[5][::2].isfinite().all()
 
 
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
@@ -205,22 +180,19 @@ def test_masked_words_have_no_mass():
     bias[:380] = -math.inf
     kept = hidden.double() @ weight[380:].double().t()
     exact = Formulas(kept[:3], labels[:3] - 380, None, 1.0, None, 1.0)
-    for result in (
-        linear_pass(hidden, weight, labels, bias),
-        token_pass(hidden.float() @ weight.float().t(), labels, bias),
-    ):
-        assert error(result[0][:3], exact.logp) < 1e-5
-        assert error(result[2][:3], exact.entropy) < 1e-5
-        assert result[0][3] == -math.inf
-        assert (result[5][:, :5] == 0).all()
+    result = linear_pass(hidden, weight, labels, bias)
+    assert error(result[0][:3], exact.logp) < 1e-5
+    assert error(result[2][:3], exact.entropy) < 1e-5
+    assert result[0][3] == -math.inf
+    assert (result[5][:, :5] == 0).all()
 
 
 def test_first_of_equal_logits_is_the_argmax():
     weight = torch.ones(200, 4, dtype=torch.bfloat16)
     hidden = torch.ones(4, 4, dtype=torch.bfloat16)
     labels = torch.tensor([0, 1, 50, 199])
-    for result in (linear_pass(hidden, weight, labels), token_pass(hidden.float() @ weight.float().t(), labels)):
-        assert result[3].tolist() == [1, 0, 0, 0]
+    result = linear_pass(hidden, weight, labels)
+    assert result[3].tolist() == [1, 0, 0, 0]
 
 
 def test_empty_and_strided_inputs():
