@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from reprdpo.errors import UserError
+from reprdpo.errors import UserError, did_you_mean
 
 COMMANDS = {
     "demo": "the whole method on the embedded sandbox world",
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"reprdpo {reprdpo.__version__}")
         return 0
     if arguments[0] not in COMMANDS:
-        print(f"reprdpo: no command {arguments[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        meant = did_you_mean(arguments[0], COMMANDS) or ";"
+        print(f"reprdpo: no command {arguments[0]!r}{meant} there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s")

@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -32,13 +32,13 @@ def policy_of(namespace: argparse.Namespace) -> Policy:
 
 def add_fields(parser: argparse.ArgumentParser, cls: type[Any], *, only: Collection[str] | None = None) -> None:
     """Give ``parser`` an option for every field of the dataclass ``cls`` (help for those in ``only``, where given)."""
-    group, documented = parser.add_argument_group(cls.__name__), _documented(cls)
+    group, documented, hints = parser.add_argument_group(cls.__name__), _documented(cls), get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if not field.init or f"--{field.name}" in parser._option_string_actions:
             continue
         group.add_argument(
             f"--{field.name}",
-            type=yaml.safe_load,
+            type=str if _is_text(hints[field.name]) else _from_yaml,
             default=argparse.SUPPRESS,
             metavar="VALUE",
             help=_describe(field, documented) if only is None or field.name in only else argparse.SUPPRESS,
@@ -54,6 +54,22 @@ def given(namespace: argparse.Namespace, cls: type[Any]) -> dict[str, Any]:
 def take_fields(namespace: argparse.Namespace, cls: type[Any]) -> Any:
     """An instance of ``cls`` from the command line, every value's type checked."""
     return build(cls, given(namespace, cls))
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether a field takes nothing but text, which is not to be read as YAML: "no" would be False."""
+    if get_origin(hint) is Literal:
+        return all(isinstance(value, str) for value in get_args(hint))
+    if choices := get_args(hint):
+        return all(choice is type(None) or _is_text(choice) for choice in choices)
+    return isinstance(hint, type) and issubclass(hint, str)
+
+
+def _from_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a value") from None
 
 
 def _documented(cls: type[Any]) -> dict[str, str]:

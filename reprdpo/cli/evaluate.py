@@ -1,11 +1,11 @@
 """`reprdpo evaluate`: sample a model's responses to prompts and judge them."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from reprdpo.cli.arguments import add_fields, add_policy, policy_of, take_fields
+from reprdpo.cli.parser import Parser
 from reprdpo.data import TokenizeConfig, load_prompts, load_responses
 from reprdpo.errors import UserError
 from reprdpo.evaluation import build_judge
@@ -16,7 +16,7 @@ from reprdpo.reward import HybridReward
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="reprdpo evaluate", description=__doc__)
+    parser = Parser(prog="reprdpo evaluate", description=__doc__)
     add_policy(parser)
     parser.add_argument("--output", required=True, help="where to write: OUTPUT.json, OUTPUT.responses.jsonl")
     parser.add_argument("--reward", help="folder of a fitted reward: judge the best of --best_of responses by it")

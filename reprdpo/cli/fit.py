@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reprdpo.cli.arguments import add_fields, add_policy, policy_of, take_fields
+from reprdpo.cli.parser import Parser
 from reprdpo.data import TokenizeConfig, load_preferences
 from reprdpo.errors import UserError
 from reprdpo.experiments.stages import fit_reward
@@ -14,7 +15,7 @@ from reprdpo.reward import FitReport, RewardFitConfig, fit_from_states
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="reprdpo fit", description=__doc__)
+    parser = Parser(prog="reprdpo fit", description=__doc__)
     add_policy(parser, required=False)
     parser.add_argument("--preferences", help="pairs to fit on: a source, see `reprdpo datasets`")
     parser.add_argument("--states", help="instead: a safetensors file of hidden states, chosen and rejected [n, L, D]")

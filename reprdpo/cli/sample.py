@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from reprdpo.cli.arguments import add_fields, add_policy, policy_of, take_fields
+from reprdpo.cli.parser import Parser
 from reprdpo.data import TokenizeConfig, load_prompts
 from reprdpo.experiments.stages import sample_pairs
 from reprdpo.reward import HybridReward
@@ -26,7 +27,7 @@ variable REPRDPO_API_KEY. The server applies its own tokenizer and chat template
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="reprdpo sample",
         description=__doc__,
         epilog=EXAMPLES,

@@ -1,11 +1,11 @@
 """`reprdpo score`: read prompt/response lines, write rewards."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 from reprdpo.cli.arguments import add_fields, add_policy, policy_of
+from reprdpo.cli.parser import Parser
 from reprdpo.data import TokenizeConfig, load_responses
 from reprdpo.files import write_text
 from reprdpo.reward import HybridReward
@@ -13,7 +13,7 @@ from reprdpo.sampling import score_responses
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="reprdpo score", description=__doc__)
+    parser = Parser(prog="reprdpo score", description=__doc__)
     add_policy(parser)
     parser.add_argument("input", help="prompts with responses: a source, see `reprdpo datasets`")
     parser.add_argument("--reward", required=True, help="folder of a fitted reward")

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from reprdpo.cli.arguments import add_fields, add_policy, given, policy_of
+from reprdpo.cli.parser import Parser
 from reprdpo.data import TokenizeConfig, load_preferences
 from reprdpo.errors import UserError
 from reprdpo.experiments.config import build
@@ -43,7 +44,7 @@ example: the paper's settings, with a reward from `reprdpo fit` and pairs from `
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="reprdpo train", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_policy(parser)
