@@ -18,6 +18,7 @@ from reprdpo.files import (
     looks_local,
     read_json,
     read_jsonl,
+    unmade_on_error,
     write_json,
     write_text,
 )
@@ -46,6 +47,26 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> No
         interrupted()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folders_made_for_nothing_are_taken_away(tmp_path: Path) -> None:
+    def fail(folder: Path, *, write: bool) -> None:
+        with unmade_on_error(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if write:
+                (folder / "kept.txt").touch()
+            raise KeyboardInterrupt
+
+    (tmp_path / "there").mkdir()
+    for name, write in (("there/new/folder", False), ("there", False), ("written/folder", True)):
+        with pytest.raises(KeyboardInterrupt):
+            fail(tmp_path / name, write=write)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "there",
+        "written",
+        "written/folder",
+        "written/folder/kept.txt",
+    ]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

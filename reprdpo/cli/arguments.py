@@ -5,7 +5,8 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Collection
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -60,8 +61,8 @@ def _is_text(hint: Any) -> bool:
     """Whether a field takes nothing but text, which is not to be read as YAML: "no" would be False."""
     if get_origin(hint) is Literal:
         return all(isinstance(value, str) for value in get_args(hint))
-    if choices := get_args(hint):
-        return all(choice is type(None) or _is_text(choice) for choice in choices)
+    if get_origin(hint) in (Union, UnionType):
+        return all(choice is type(None) or _is_text(choice) for choice in get_args(hint))
     return isinstance(hint, type) and issubclass(hint, str)
 
 

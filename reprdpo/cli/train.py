@@ -15,7 +15,7 @@ from reprdpo.errors import UserError
 from reprdpo.experiments.config import build
 from reprdpo.experiments.run_folder import SETTINGS_FILE, checked_settings
 from reprdpo.experiments.stages import train_to_end
-from reprdpo.files import read_jsonl, write_json
+from reprdpo.files import read_jsonl, unmade_on_error, write_json
 from reprdpo.reward import HybridReward
 from reprdpo.training import ReprDPOConfig, ReprDPOTrainer, ReprSFTConfig, ReprSFTTrainer
 
@@ -64,7 +64,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{output}: holds a trained model already; choose another --output_dir")
     given_here = {name: value for name, value in vars(arguments).items() if name not in ("output_dir", "json")}
     settings = checked_settings(output, given_here)
-    trainer = _trainer(arguments)
+    with unmade_on_error(output):  # transformers makes it before all is checked
+        trainer = _trainer(arguments)
     write_json(output / SETTINGS_FILE, settings)
     train_to_end(trainer, output)
     if trainer.is_world_process_zero():

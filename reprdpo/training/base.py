@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.training_args import ParallelMode
 
 from reprdpo import files, models
 from reprdpo.errors import UserError
@@ -40,7 +41,7 @@ class BaseTrainer(Trainer):
     forward they came in.
 
     Raises:
-        UserError: several GPUs in one process; start one process a GPU instead.
+        UserError: several GPUs in one process, or one process alone under FSDP.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class BaseTrainer(Trainer):
             raise UserError(
                 f"{args.n_gpu} GPUs in one process: start with torchrun, or set CUDA_VISIBLE_DEVICES to one"
             )
+        if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise UserError("fsdp: shards over processes, and this is one alone; start with torchrun, or leave it out")
         check_trainable(model)
         if args.disable_dropout:
             disable_dropout(model)

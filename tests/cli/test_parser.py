@@ -53,8 +53,8 @@ def test_text_is_not_read_as_yaml() -> None:
     parser = Parser(prog="x")
     add_fields(parser, ReprDPOConfig)
     words = "--output_dir 1 --save_strategy no --run_name 2024 --packing padded --beta 1e-1 --confidence_source fixed"
-    config = take_fields(parser.parse_args(words.split()), ReprDPOConfig)
-    found = (config.output_dir, config.save_strategy, config.run_name, config.packing, config.beta)
-    assert found == ("1", "no", "2024", "padded", 0.1)
+    config = take_fields(parser.parse_args([*words.split(), "--report_to", "[]"]), ReprDPOConfig)
+    found = (config.output_dir, config.save_strategy, config.run_name, config.packing, config.beta, config.report_to)
+    assert found == ("1", "no", "2024", "padded", 0.1, [])
     with pytest.raises(UserError, match="bf16: expected bool, got 'perhaps'"):
         take_fields(parser.parse_args(["--output_dir", "x", "--bf16", "perhaps"]), ReprDPOConfig)
