@@ -25,6 +25,8 @@ from reprdpo.files import content_hash, disk_errors, read_json, write_json
 
 FORMAT = 1
 SETTINGS_FILE = "settings.json"
+# The settings that are sources of data.
+_DATA = ("preferences", "prompts", "prompt_sets", "borderline_prompts", "benign_text", "pairs")
 
 
 class RunFolder:
@@ -205,14 +207,18 @@ def _without_evaluation(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "evaluate"}
 
 
-def _input_hashes(config: dict[str, Any]) -> dict[str, str]:
-    """The content hash of every file the configuration names, so that a run never goes on with other data."""
+def _input_hashes(config: dict[str, Any], *, data: bool = False) -> dict[str, str]:
+    """The content hash of every file the configuration names, so that a run never goes on with other data.
+
+    Of folders, those under the names of _DATA, or of all where the mapping is of ``data``: others are models'.
+    """
     found: dict[str, str] = {}
-    for value in config.values():
+    for key, value in config.items():
         if isinstance(value, dict):
-            found |= _input_hashes(value)
+            found |= _input_hashes(value, data=key in _DATA)
         elif isinstance(value, str):
-            found |= {str(file): content_hash(file) for file in local_files(value)}
+            files = local_files(value, folders=data or key in _DATA)
+            found |= {str(file): content_hash(file) for file in files}
     return found
 
 
