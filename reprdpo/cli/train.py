@@ -26,7 +26,8 @@ MAIN_ARGUMENTS = (
     "max_steps",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
-    "activation_checkpointing",
+    "gradient_checkpointing",
+    "activation_checkpointing",  # its name in newer transformers
     "bf16",
     "warmup_steps",
     "lr_scheduler_type",

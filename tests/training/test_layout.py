@@ -132,6 +132,7 @@ MODELS = [
 
 
 @pytest.mark.usefixtures("_varlen_attention")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing")  # the name that every transformers 5 has
 @pytest.mark.parametrize(("config_class", "attention", "settings"), MODELS)
 @pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -150,7 +151,7 @@ def test_every_layout_is_the_same_training(
     def step(collator: Any, implementation: str = attention) -> dict[str, Tensor]:
         model = build(config_class, implementation, **settings)
         if checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         config = make_config(packing="padded", beta=0.3)
         return one_step(ReprDPOTrainer(model, config, reward=random_reward(model, pool)), collator(odd_pairs))
 

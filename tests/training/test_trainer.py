@@ -281,6 +281,7 @@ def test_a_frozen_reward_stays(make_model: Make, make_reward: Make, make_config:
     assert all(map(torch.equal, before, parameters(reward)))
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing")  # the name that every transformers 5 has
 def test_checkpointing_activations_changes_nothing(
     make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset, tmp_path: Path
 ) -> None:
