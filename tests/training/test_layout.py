@@ -221,6 +221,7 @@ def test_models_that_depend_on_the_row_fall_back_and_say_so(
             {"num_layers": 3, "attention_types": [[["local"], 3]], "window_size": 8},
             "else is in its row",
         ),
+        ("DogeConfig", {"keep_window_size": 4}, "else is in its row"),
         ("Qwen3NextConfig", {"num_experts": 2, "moe_intermediate_size": 8}, "linear_attention"),
         ("Mamba2Config", {"num_heads": 4, "head_dim": 8, "hidden_size": 16, "n_groups": 1}, "position_ids"),
     ],
@@ -253,6 +254,8 @@ def test_rows_stay_within_a_sliding_window(odd_pairs: list[dict[str, Any]], capl
     gemma = GROUPED | {"head_dim": 8}
     wide = packing_collator(build("Gemma2Config", "eager", **gemma, sliding_window=64), PADDED, packing="prefix")
     assert wide.max_row_tokens == 64
+    for doge, rows in (({"keep_window_size": 200}, 200), ({}, 2048), ({"sliding_window": 150}, 150)):
+        assert packing_collator(build("DogeConfig", "sdpa", **GROUPED, **doge), PADDED).max_row_tokens == rows
     assert packing_collator(build("Qwen2Config", "sdpa", **GROUPED, sliding_window=8), PADDED).max_row_tokens == 4096
     with caplog.at_level(logging.WARNING):
         narrow = packing_collator(build("Gemma2Config", "eager", **gemma, sliding_window=8), PADDED)
