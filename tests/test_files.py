@@ -12,6 +12,7 @@ from reprdpo.errors import UserError
 from reprdpo.files import (
     JsonlWriter,
     atomic_path,
+    check_writable,
     content_hash,
     disk_errors,
     finite,
@@ -47,6 +48,19 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> No
         interrupted()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_where_nothing_can_be_written_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    check_writable(tmp_path / "new" / "folder")
+    for place in ("file", "file/folder", "nowhere"):
+        with pytest.raises(UserError, match=f"{place}: another file or folder is in its way"):
+            check_writable(tmp_path / place)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match=r"folder: cannot be written \(Permission denied\); choose another folder"):
+        check_writable(tmp_path / "new" / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]
 
 
 def test_folders_made_for_nothing_are_taken_away(tmp_path: Path) -> None:

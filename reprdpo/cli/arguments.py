@@ -15,11 +15,13 @@ from reprdpo.experiments.config import build
 from reprdpo.experiments.stages import Policy
 from reprdpo.models import Quantization
 
+DTYPE = "what the weights are held in (default: auto, as they were saved)"
+
 
 def add_policy(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Give ``parser`` the options that name a causal LM."""
     parser.add_argument("--model", required=required, help="folder or hub name of a causal LM")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help=DTYPE)
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add_fields(parser, Quantization)
 
@@ -41,7 +43,7 @@ def add_fields(parser: argparse.ArgumentParser, cls: type[Any], *, only: Collect
             f"--{field.name}",
             type=str if _is_text(hints[field.name]) else _from_yaml,
             default=argparse.SUPPRESS,
-            metavar="VALUE",
+            metavar=_metavar(hints[field.name]),
             help=_describe(field, documented) if only is None or field.name in only else argparse.SUPPRESS,
         )
 
@@ -66,6 +68,16 @@ def _is_text(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, str)
 
 
+def _metavar(hint: Any) -> str:
+    """The choices where they are few, else the kind of value."""
+    choices = [each for each in (get_args(hint) or [hint]) if each is not type(None)]
+    if len(choices) == 1 and get_origin(choices[0]) is Literal:
+        hint, choices = choices[0], list(get_args(choices[0]))
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, choices))
+    return {bool: "true|false", int: "INT", float: "NUMBER"}.get(choices[0], "VALUE") if len(choices) == 1 else "VALUE"
+
+
 def _from_yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
@@ -81,5 +93,6 @@ def _documented(cls: type[Any]) -> dict[str, str]:
 
 def _describe(field: dataclasses.Field[Any], documented: dict[str, str]) -> str:
     text = " ".join(str(field.metadata.get("help", documented.get(field.name, ""))).split())
+    text = text.replace("%%", "%")  # as argparse, for which transformers writes its own
     shown = field.default not in (dataclasses.MISSING, None) and "default" not in text
     return (f"{text} (default: {field.default})" if shown else text).replace("%", "%%")

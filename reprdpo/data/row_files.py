@@ -219,5 +219,5 @@ def _parse(content: bytes) -> Any:
         return json.loads(content.decode())
     except UnicodeDecodeError as error:
         return InvalidRowError(f"is not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a ValueError too: an integer of thousands of digits
         return InvalidRowError(f"is not JSON ({error}); write one JSON object a line (or a list in a .json file)")

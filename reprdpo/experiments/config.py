@@ -217,6 +217,8 @@ def load_config(path: str | Path, **overrides: Any) -> RunConfig:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; see `reprdpo run --help` for an example") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -241,7 +243,8 @@ def build(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
     try:
         return cls(**built)
     except ValueError as error:
-        raise UserError(f"{where}: {error}" if where else str(error)) from None
+        message = " ".join(str(error).split())
+        raise UserError(f"{where}: {message}" if where else message) from None
 
 
 def override(section: Any, values: Mapping[str, Any], where: str) -> Any:

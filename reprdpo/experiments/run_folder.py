@@ -21,7 +21,7 @@ from reprdpo import costs
 from reprdpo.data import local_files
 from reprdpo.errors import UserError
 from reprdpo.experiments.config import RunConfig
-from reprdpo.files import content_hash, disk_errors, read_json, write_json
+from reprdpo.files import check_writable, content_hash, disk_errors, read_json, write_json
 
 FORMAT = 1
 SETTINGS_FILE = "settings.json"
@@ -41,6 +41,7 @@ class RunFolder:
     def __init__(self, config: RunConfig, *, more_evaluations: bool = False) -> None:
         self.path = Path(config.output_dir)
         self._config = asdict(config)
+        check_writable(self.path)
         self._lock: TextIO | None = None
         if self._file.exists():
             self._take_lock()

@@ -7,7 +7,7 @@ Shape suffixes: P pairs, S = 2P sequences (all chosen, then all rejected), T pad
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -186,7 +186,7 @@ class RepresentationDPOTrainer(DPOTrainer):
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL; what ``compute_metrics`` gets is then gathered by sequences, each once."""
         output = super().prediction_step(*args, **kwargs)
-        self.gather_function = self._gather_losses
+        self.gather_function: Callable[[Any], Any] = self._gather_losses
         return output
 
     def _gather_losses(self, losses: Tensor) -> Any:

@@ -105,7 +105,9 @@ def _further_evaluations(folder: Path, told: dict[str, str]) -> tuple[list[Secti
         if name == FIRST:
             continue
         if blocks := titled(results_blocks(read_results(folder, name)), name, words):
-            sections.append(Section(name, f"Results, {name.replace('-', ' ')}", f"Of the same policies: {words}.", blocks))
+            sections.append(
+                Section(name, f"Results, {name.replace('-', ' ')}", f"Of the same policies: {words}.", blocks)
+            )
         else:
             absent.append(f"Results of {words}: absent, as there is no {name}/summary.json.")
     return sections, absent

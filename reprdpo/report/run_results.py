@@ -113,12 +113,15 @@ def titled(blocks: list[Block], name: str, words: str) -> list[Block]:
     """The ``blocks`` of the evaluation ``name`` where a page has those of others too, which differ in ``words``."""
     if not words:
         return blocks
-    named = []
-    for block in blocks:
+
+    def named(block: Block) -> Block:
+        if isinstance(block, Sample):
+            return block
         if isinstance(block, (Table, Figure)) and name != FIRST:
             block = replace(block, name=f"{block.name}-{name}")
-        named.append(replace(block, title=f"{block.title} ({words})"))
-    return named
+        return replace(block, title=f"{block.title} ({words})")
+
+    return list(map(named, blocks))
 
 
 def samples(results: Results) -> list[Sample]:

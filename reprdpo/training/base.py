@@ -20,7 +20,14 @@ from transformers.training_args import ParallelMode
 from reprdpo import files, models
 from reprdpo.errors import UserError
 from reprdpo.training.adapters import check_trainable
-from reprdpo.training.batches import BalancedBatchSampler, BatchLoader, EvaluationLoader, EvaluationSampler, RowLengths, row_lengths
+from reprdpo.training.batches import (
+    BalancedBatchSampler,
+    BatchLoader,
+    EvaluationLoader,
+    EvaluationSampler,
+    RowLengths,
+    row_lengths,
+)
 from reprdpo.training.checkpoint import (
     ARGUMENTS_FILE,
     check_resumable,
@@ -41,7 +48,7 @@ class BaseTrainer(Trainer):
     forward they came in.
 
     Raises:
-        UserError: several GPUs in one process, or one process alone under FSDP.
+        UserError: several GPUs in one process, one process alone under FSDP, or what transformers refuses.
     """
 
     def __init__(
@@ -62,7 +69,12 @@ class BaseTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(model)
         self.costs = StepCosts(args.device)
-        super().__init__(model=model, args=args, callbacks=[self.costs, MetricsFile(), *(callbacks or [])], **kwargs)
+        try:
+            super().__init__(
+                model=model, args=args, callbacks=[self.costs, MetricsFile(), *(callbacks or [])], **kwargs
+            )
+        except ValueError as error:  # how transformers refuses settings
+            raise UserError(" ".join(str(error).split())) from error
         # accelerate drops FSDP without a word where it cannot serve it.
         asked = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         if asked and not self.is_fsdp_enabled:

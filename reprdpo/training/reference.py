@@ -50,8 +50,8 @@ def reference_logps(
 
     The pass goes over pairs sorted by length, forward only. With ``cache_dir``, finished chunks of about a quarter of a
     million tokens are kept, so that a killed run goes on where it stopped, and the whole result is found again by the
-    hash of the model's weights and of the tokens, by precision and by layout, and mapped from its file. Rows are read as
-    they are needed, so that data in files stay there. Under torch.distributed every process calls this with the same
+    hash of the model's weights and of the tokens, by precision and by layout, and mapped from its file. Rows are read
+    as they are needed, so that data in files stay there. Under torch.distributed every process calls this with the same
     arguments.
 
     Args:

@@ -77,7 +77,9 @@ def test_prompts_of_another_kind_than_the_preferences_are_refused(pku: Path, xst
         read_inputs(config(str(pku), borderline_prompts=f"{xstest}?turns=chat"))
 
 
-@pytest.mark.parametrize("place", ["pku-safe-rlhf:{}", "{}?label=better", "trl:{.parent}?split=train", "{}", "{.parent}"])
+@pytest.mark.parametrize(
+    "place", ["pku-safe-rlhf:{}", "{}?label=better", "trl:{.parent}?split=train", "{}", "{.parent}"]
+)
 def test_a_run_does_not_go_on_with_other_data_behind_a_source(tmp_path: Path, pku: Path, place: str) -> None:
     run = RunConfig(output_dir=str(tmp_path / "runs" / "run"), model="m", preferences=place.format(pku))
     RunFolder(run).stage("one", lambda: None, say=lambda line: None)

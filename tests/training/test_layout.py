@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -196,7 +197,7 @@ def test_flex_blocks_hold_the_same_mask(odd_pairs: list[dict[str, Any]]) -> None
     [
         ("mpt_unused_scale", "position_ids"),
         ("mamba", "position_ids"),
-        ("recurrent_gemma_own_name", "linear_attention"),
+        ("recurrent_gemma_own_name", "linear_attention|what else is in its row"),  # as transformers names it or not
         ("falcon_h1_multiplier", "hybrid"),
     ],
 )
@@ -206,7 +207,7 @@ def test_models_that_depend_on_the_row_fall_back_and_say_so(
     model = tiny_causal_lm(name)
     with caplog.at_level(logging.WARNING):
         assert packing_collator(model, PADDED).layouts == ("padded",)
-    assert [reason in record.message for record in caplog.records] == [True]
+    assert [bool(re.search(reason, record.message)) for record in caplog.records] == [True]
     with pytest.raises(UserError, match=reason):
         packing_collator(model, PADDED, packing="prefix")
 

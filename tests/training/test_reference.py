@@ -56,9 +56,7 @@ def test_found_again_by_content(
     assert told["ref_rejected_logps"] == first["ref_rejected_logps"]
 
 
-def test_what_is_found_again_stays_in_its_file(
-    make_model: Callable[..., Any], pairs: Dataset, tmp_path: Path
-) -> None:
+def test_what_is_found_again_stays_in_its_file(make_model: Callable[..., Any], pairs: Dataset, tmp_path: Path) -> None:
     """The columns are the cached file's pages: neither it nor a copy of it is read into memory."""
     if not (maps := Path("/proc/self/maps")).exists():
         pytest.skip("only Linux tells what is mapped")
