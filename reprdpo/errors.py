@@ -1,4 +1,7 @@
-"""The one exception that stands for a user's mistake, and the line that others give to it."""
+"""The one exception that stands for a user's mistake, and what its lines are made of."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -11,3 +14,9 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a line about a ``name`` that does not exist: the nearest of those ``known``, if one is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

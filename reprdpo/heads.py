@@ -98,13 +98,15 @@ def check_head(model: nn.Module) -> None:
     """Compare the model's logits of a few tokens with those of the :class:`HeadSpec` that ops would be given.
 
     Raises:
-        UserError: they differ, so that what an op makes of the head would be wrong.
+        UserError: they are not finite, or differ, so that what an op makes of the head would be wrong.
     """
     causal_lm, head = unwrap(model), output_head(model)
     ids_BT = torch.arange(min(8, head.weight.shape[0]), device=head.weight.device)[None]
     with evaluating(causal_lm):
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
         mine_BTV = run_at_head(model, lambda hidden, spec: spec.logits(hidden), input_ids=ids_BT, use_cache=False)
+    if not logits_BTV.isfinite().all():
+        raise UserError(f"{type(causal_lm).__name__}: its logits are not finite; its weights may hold NaN or infinity")
     error = (logits_BTV - mine_BTV).abs().max() if logits_BTV.shape == mine_BTV.shape else torch.tensor(torch.inf)
     if not error <= 8 * torch.finfo(head.weight.dtype).eps * logits_BTV.abs().max().clamp(min=1.0):
         raise UserError(

@@ -12,12 +12,14 @@ from reprdpo.errors import UserError
 from reprdpo.files import (
     JsonlWriter,
     atomic_path,
+    check_writable,
     content_hash,
     disk_errors,
     finite,
     looks_local,
     read_json,
     read_jsonl,
+    unmade_on_error,
     write_json,
     write_jsonl,
     write_text,
@@ -55,6 +57,39 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> No
         interrupted()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_where_nothing_can_be_written_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    check_writable(tmp_path / "new" / "folder")
+    for place in ("file", "file/folder", "nowhere"):
+        with pytest.raises(UserError, match=f"{place}: another file or folder is in its way"):
+            check_writable(tmp_path / place)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match=r"folder: cannot be written \(Permission denied\); choose another folder"):
+        check_writable(tmp_path / "new" / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]
+
+
+def test_folders_made_for_nothing_are_taken_away(tmp_path: Path) -> None:
+    def fail(folder: Path, *, write: bool) -> None:
+        with unmade_on_error(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if write:
+                (folder / "kept.txt").touch()
+            raise KeyboardInterrupt
+
+    (tmp_path / "there").mkdir()
+    for name, write in (("there/new/folder", False), ("there", False), ("written/folder", True)):
+        with pytest.raises(KeyboardInterrupt):
+            fail(tmp_path / name, write=write)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "there",
+        "written",
+        "written/folder",
+        "written/folder/kept.txt",
+    ]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from reprdpo.errors import UserError
+from reprdpo.errors import UserError, did_you_mean, first_line
 
 COMMANDS = {
     "demo": "the whole method on the embedded sandbox world",
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"reprdpo {reprdpo.__version__}")
         return 0
     if arguments[0] not in COMMANDS:
-        print(f"reprdpo: no command {arguments[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        meant = did_you_mean(arguments[0], COMMANDS) or ";"
+        print(f"reprdpo: no command {arguments[0]!r}{meant} there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s")
@@ -53,12 +54,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("reprdpo"):
+    except ImportError as error:
+        missing = _what_is_missing(error)
+        if missing is None:
             raise
-        print(f"reprdpo {arguments[0]}: needs {error.name}; pip install 'reprdpo[train]'", file=sys.stderr)
+        print(f"reprdpo {arguments[0]}: {missing}", file=sys.stderr)
         return 2
     return 0
+
+
+def _what_is_missing(error: ImportError) -> str | None:
+    """The line for a package that is not installed, a library's own where it has one; None where it is our mistake."""
+    name = error.name or ""
+    if not name or " " in name:  # importlib.metadata's name may be a sentence
+        return first_line(ImportError(name or error))
+    if isinstance(error, ModuleNotFoundError) and not name.startswith("reprdpo"):
+        return f"needs {name}; pip install 'reprdpo[train]'"
+    return None
 
 
 def _overview() -> str:

@@ -5,7 +5,8 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Collection
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -14,11 +15,13 @@ from reprdpo.experiments.config import build
 from reprdpo.experiments.stages import Policy
 from reprdpo.models import Quantization
 
+DTYPE = "what the weights are held in (default: auto, as they were saved)"
+
 
 def add_policy(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Give ``parser`` the options that name a causal LM."""
     parser.add_argument("--model", required=required, help="folder or hub name of a causal LM")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help=DTYPE)
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add_fields(parser, Quantization)
 
@@ -32,15 +35,15 @@ def policy_of(namespace: argparse.Namespace) -> Policy:
 
 def add_fields(parser: argparse.ArgumentParser, cls: type[Any], *, only: Collection[str] | None = None) -> None:
     """Give ``parser`` an option for every field of the dataclass ``cls`` (help for those in ``only``, where given)."""
-    group, documented = parser.add_argument_group(cls.__name__), _documented(cls)
+    group, documented, hints = parser.add_argument_group(cls.__name__), _documented(cls), get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if not field.init or f"--{field.name}" in parser._option_string_actions:
             continue
         group.add_argument(
             f"--{field.name}",
-            type=yaml.safe_load,
+            type=str if _is_text(hints[field.name]) else _from_yaml,
             default=argparse.SUPPRESS,
-            metavar="VALUE",
+            metavar=_metavar(hints[field.name]),
             help=_describe(field, documented) if only is None or field.name in only else argparse.SUPPRESS,
         )
 
@@ -56,6 +59,32 @@ def take_fields(namespace: argparse.Namespace, cls: type[Any]) -> Any:
     return build(cls, given(namespace, cls))
 
 
+def _is_text(hint: Any) -> bool:
+    """Whether a field takes nothing but text, which is not to be read as YAML: "no" would be False."""
+    if get_origin(hint) is Literal:
+        return all(isinstance(value, str) for value in get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        return all(choice is type(None) or _is_text(choice) for choice in get_args(hint))
+    return isinstance(hint, type) and issubclass(hint, str)
+
+
+def _metavar(hint: Any) -> str:
+    """The choices where they are few, else the kind of value."""
+    choices = [each for each in (get_args(hint) or [hint]) if each is not type(None)]
+    if len(choices) == 1 and get_origin(choices[0]) is Literal:
+        hint, choices = choices[0], list(get_args(choices[0]))
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, choices))
+    return {bool: "true|false", int: "INT", float: "NUMBER"}.get(choices[0], "VALUE") if len(choices) == 1 else "VALUE"
+
+
+def _from_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a value") from None
+
+
 def _documented(cls: type[Any]) -> dict[str, str]:
     """What the class's docstring says of its fields under "Attributes:"."""
     section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].split("\n\n")[0]
@@ -64,5 +93,6 @@ def _documented(cls: type[Any]) -> dict[str, str]:
 
 def _describe(field: dataclasses.Field[Any], documented: dict[str, str]) -> str:
     text = " ".join(str(field.metadata.get("help", documented.get(field.name, ""))).split())
+    text = text.replace("%%", "%")  # as argparse, for which transformers writes its own
     shown = field.default not in (dataclasses.MISSING, None) and "default" not in text
     return (f"{text} (default: {field.default})" if shown else text).replace("%", "%%")

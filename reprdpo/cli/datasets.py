@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from typing import Any
 
+from reprdpo.cli.parser import Parser
 from reprdpo.data.adapters import ADAPTERS, Adapter
 from reprdpo.data.sources import SOURCE_OPTIONS
 
@@ -21,7 +22,7 @@ examples:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="reprdpo datasets",
         description=__doc__,
         epilog=EXAMPLES,

@@ -1,13 +1,13 @@
 """`reprdpo demo`: the whole method on the embedded sandbox world, on a laptop, with no download."""
 
-import argparse
 from importlib.resources import as_file, files
 
+from reprdpo.cli.parser import Parser
 from reprdpo.cli.run import execute
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="reprdpo demo", description=__doc__)
+    parser = Parser(prog="reprdpo demo", description=__doc__)
     parser.add_argument("--output_dir", default="runs/demo", help="the run's folder (default: %(default)s)")
     parser.add_argument("--scale", choices=("demo", "tiny"), default="demo", help="tiny: seconds, to see that it works")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")

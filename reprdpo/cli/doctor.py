@@ -1,6 +1,5 @@
 """`reprdpo doctor`: versions, devices, active backends and why the others are not."""
 
-import argparse
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -9,13 +8,14 @@ from typing import Any
 import torch
 
 import reprdpo
+from reprdpo.cli.parser import Parser
 from reprdpo.ops import backends
 
 PACKAGES = ("triton", "transformers", "datasets", "accelerate", "safetensors", "peft", "flash-attn", "trl")
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="reprdpo doctor", description=__doc__)
+    parser = Parser(prog="reprdpo doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     findings = examine()
     if parser.parse_args(argv).json:

@@ -6,29 +6,44 @@ from pathlib import Path
 from typing import Any
 
 from reprdpo.cli.arguments import add_fields, add_policy, policy_of, take_fields
+from reprdpo.cli.parser import Parser
 from reprdpo.data import TokenizeConfig, load_prompts, load_responses
-from reprdpo.errors import UserError
 from reprdpo.evaluation import build_judge
 from reprdpo.experiments.config import EvaluateSection
 from reprdpo.experiments.sources import first
 from reprdpo.experiments.stages import evaluate_policy
+from reprdpo.files import check_writable
 from reprdpo.reward import HybridReward
+
+EXAMPLE = """\
+example:
+  reprdpo evaluate --model aligned/model --prompts red_team.jsonl --judge llama-guard-3:path/to/guard \\
+    --output judged/aligned
+"""
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="reprdpo evaluate", description=__doc__)
+    parser = Parser(
+        prog="reprdpo evaluate",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_policy(parser)
     parser.add_argument("--output", required=True, help="where to write: OUTPUT.json, OUTPUT.responses.jsonl")
     parser.add_argument("--reward", help="folder of a fitted reward: judge the best of --best_of responses by it")
     parser.add_argument("--best_of", type=int, default=8, help="responses a prompt with --reward (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the responses (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--prompts", required=True, help="red-team prompts: a source, see `reprdpo datasets`")
+    parser.add_argument(
+        "--benign_text", default=None, help="responses whose perplexity is measured, a source (default: none)"
+    )
     add_fields(parser, EvaluateSection)
     add_fields(parser, TokenizeConfig)
     arguments = parser.parse_args(argv)
     config = take_fields(arguments, EvaluateSection)
-    if not config.prompts:
-        raise UserError("--prompts: missing; give a file with the prompts to ask")
+    check_writable(Path(arguments.output).parent)
     build_judge(config.judge, needs=("unsafe",))  # says what is wrong with it before the policy is loaded
     policy = policy_of(arguments)
     result = evaluate_policy(

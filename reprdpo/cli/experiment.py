@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from reprdpo.cli.parser import Parser
 from reprdpo.errors import UserError
 
 
@@ -14,7 +15,7 @@ def main(argv: list[str]) -> None:
     from reprdpo.report import render
 
     scales = "\n".join(f"  {name:<8}{what}" for name, what in SCALES.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="reprdpo experiment",
         description=__doc__,
         epilog=f"scales:\n{scales}\n\nThe same command again goes on where it stopped.",

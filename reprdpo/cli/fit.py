@@ -6,15 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from reprdpo.cli.arguments import add_fields, add_policy, policy_of, take_fields
+from reprdpo.cli.parser import Parser
 from reprdpo.data import TokenizeConfig, load_preferences
 from reprdpo.errors import UserError
 from reprdpo.experiments.stages import fit_reward
-from reprdpo.files import write_json
+from reprdpo.files import check_writable, write_json
 from reprdpo.reward import FitReport, RewardFitConfig, fit_from_states
+
+EXAMPLE = """\
+example:
+  reprdpo fit --model path/to/model --preferences pairs.jsonl --output reward
+"""
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="reprdpo fit", description=__doc__)
+    parser = Parser(
+        prog="reprdpo fit", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_policy(parser, required=False)
     parser.add_argument("--preferences", help="pairs to fit on: a source, see `reprdpo datasets`")
     parser.add_argument("--states", help="instead: a safetensors file of hidden states, chosen and rejected [n, L, D]")
@@ -35,6 +43,7 @@ def _fit(arguments: argparse.Namespace, config: RewardFitConfig) -> FitReport:
         return fit_from_states(arguments.states, config, drop_embedding=not arguments.keep_embedding)
     if not (arguments.model and arguments.preferences and arguments.output):
         raise UserError("give --model, --preferences and --output, or --states")
+    check_writable(arguments.output)
     pairs = load_preferences(arguments.preferences, limit=arguments.limit, skip_invalid=arguments.skip_invalid)
     policy, output = policy_of(arguments), Path(arguments.output)
     if (output / "reward.json").exists():

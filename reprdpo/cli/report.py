@@ -1,11 +1,12 @@
 """`reprdpo report`: draw a run, an experiment or a folder of experiments as self-contained pages."""
 
-import argparse
 import json
+
+from reprdpo.cli.parser import Parser
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="reprdpo report", description=__doc__)
+    parser = Parser(prog="reprdpo report", description=__doc__)
     parser.add_argument("folder", help="a run's folder, an experiment's, or a folder of experiments")
     parser.add_argument("--markdown", action="store_true", help="print experiments' tables as Markdown, draw nothing")
     parser.add_argument("--json", action="store_true", help="print the page's path as JSON")

@@ -5,6 +5,8 @@ import json
 import sys
 from typing import Any
 
+from reprdpo.cli.parser import Parser
+
 EXAMPLE = """\
 example:
   model: path/to/model            # a folder, or a hub name
@@ -22,7 +24,7 @@ The same command again goes on where it stopped.
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="reprdpo run", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", help="the run's YAML file")

@@ -6,8 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from reprdpo.cli.arguments import add_fields, add_policy, policy_of, take_fields
+from reprdpo.cli.parser import Parser
 from reprdpo.data import TokenizeConfig, load_prompts
 from reprdpo.experiments.stages import sample_pairs
+from reprdpo.files import check_writable
 from reprdpo.reward import HybridReward
 from reprdpo.sampling import EngineConfig, SamplingConfig
 
@@ -26,7 +28,7 @@ variable REPRDPO_API_KEY. The server applies its own tokenizer and chat template
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="reprdpo sample",
         description=__doc__,
         epilog=EXAMPLES,
@@ -46,6 +48,7 @@ def main(argv: list[str]) -> None:
     add_fields(parser, TokenizeConfig)
     arguments = parser.parse_args(argv)
     output, engine = Path(arguments.output), take_fields(arguments, EngineConfig)
+    check_writable(output)
     report = asdict(
         sample_pairs(
             policy_of(arguments),

@@ -9,23 +9,25 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from reprdpo.cli.arguments import add_fields, add_policy, given, policy_of
+from reprdpo.cli.parser import Parser
 from reprdpo.data import TokenizeConfig, load_preferences
 from reprdpo.errors import UserError
 from reprdpo.experiments.config import build
 from reprdpo.experiments.run_folder import SETTINGS_FILE, checked_settings
 from reprdpo.experiments.stages import train_to_end
-from reprdpo.files import read_jsonl, write_json
+from reprdpo.files import check_writable, read_jsonl, unmade_on_error, write_json
 from reprdpo.reward import HybridReward
 from reprdpo.training import ReprDPOConfig, ReprDPOTrainer, ReprSFTConfig, ReprSFTTrainer
 
 METHODS = ("reprdpo", "dpo", "cdpo", "sft")
+# Its name in newer transformers, and in all.
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 MAIN_ARGUMENTS = (
     "learning_rate",
     "num_train_epochs",
     "max_steps",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
-    "activation_checkpointing",
     "bf16",
     "warmup_steps",
     "lr_scheduler_type",
@@ -43,7 +45,7 @@ example: the paper's settings, with a reward from `reprdpo fit` and pairs from `
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="reprdpo train", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_policy(parser)
@@ -56,14 +58,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the last metrics as JSON")
     add_fields(parser, TokenizeConfig)
     own = {f.name for f in fields(ReprDPOConfig)} - {f.name for f in fields(TrainingArguments)}
-    add_fields(parser, ReprDPOConfig, only={*own, *MAIN_ARGUMENTS})
+    checkpointing = next(name for name in CHECKPOINTING if hasattr(ReprDPOConfig, name))
+    add_fields(parser, ReprDPOConfig, only={*own, *MAIN_ARGUMENTS, checkpointing})
     arguments = parser.parse_args(argv)
     output = Path(arguments.output_dir)
+    check_writable(output)
     if (output / "model").exists():
         raise UserError(f"{output}: holds a trained model already; choose another --output_dir")
     given_here = {name: value for name, value in vars(arguments).items() if name not in ("output_dir", "json")}
     settings = checked_settings(output, given_here)
-    trainer = _trainer(arguments)
+    with unmade_on_error(output):  # transformers makes it before all is checked
+        trainer = _trainer(arguments)
     write_json(output / SETTINGS_FILE, settings)
     train_to_end(trainer, output)
     if trainer.is_world_process_zero():

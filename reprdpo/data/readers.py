@@ -8,7 +8,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from reprdpo.data.adapters import FALLBACK, get_adapter, recognise
-from reprdpo.data.row_files import HUB_OPTIONS, Row, data_files, read_rows
+from reprdpo.data.row_files import HUB_OPTIONS, Row, files_of, read_rows
 from reprdpo.data.row_table import RowTable
 from reprdpo.data.schema import PREFERENCES, PROMPTS, RESPONSES, Schema
 from reprdpo.data.sources import Source, parse_source
@@ -76,19 +76,18 @@ def kinds_of(source: str | Path) -> tuple[str, ...]:
     return tuple(kind for kind, held in has.items() if held)
 
 
-def local_files(written: str) -> list[Path]:
+def local_files(written: str, *, folders: bool = True) -> list[Path]:
     """The files here that a source reads; none where ``written`` is no source.
 
-    A folder counts where an adapter or an option says that it is one of data.
+    Without ``folders`` one counts only where an adapter or an option says that it is one of data.
     """
     try:
         source = parse_source(written)
     except UserError:
         return []
-    place = Path(source.place).expanduser()
-    if place.is_dir() and (source.adapter or source.options):
-        return data_files(place)
-    return [place] if place.is_file() else []
+    if not (folders or source.adapter or source.options) and Path(source.place).expanduser().is_dir():
+        return []
+    return files_of(source.place, source.options.get("split", "train"))
 
 
 def _source_rows(asked: Source, split: str) -> Iterator[Row]:

@@ -61,14 +61,15 @@ def read_rows(place: str | Path, split: str = "train", hub: Mapping[str, str] | 
     return _file_rows(path)
 
 
-def data_files(folder: Path) -> list[Path]:
-    """The files in a folder, at any depth, that could hold rows, in order."""
-    found = []
-    for file in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.is_file() and _suffix(file) in SUFFIXES and not hidden and file.name != "dataset_infos.json":
-            found.append(file)
-    return found
+def files_of(place: str | Path, split: str = "train") -> list[Path]:
+    """The local files that :func:`read_rows` reads; none where ``place`` is nothing here."""
+    path = Path(place).expanduser()
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    if _is_saved(path):
+        part = path / split
+        return [file for file in sorted((part if part.is_dir() else path).rglob("*")) if file.is_file()]
+    return _by_split(path).get(split, [])
 
 
 def _suffix(path: Path) -> str:
@@ -80,11 +81,9 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 
 def _folder_rows(path: Path, split: str) -> Iterator[Row]:
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+    if _is_saved(path):
         return _dataset_rows(_open_saved(path, split))
-    splits: dict[str, list[Path]] = {}
-    for file in data_files(path):
-        splits.setdefault(_split_of(file.relative_to(path).parts), []).append(file)
+    splits = _by_split(path)
     if not splits:
         raise UserError(f"{path}: holds no file to read; expected {', '.join(SUFFIXES)} in it")
     if split not in splits:
@@ -92,6 +91,21 @@ def _folder_rows(path: Path, split: str) -> Iterator[Row]:
     return (
         Row(f"{file.relative_to(path)}, {row.place}", row.value) for file in splits[split] for row in _file_rows(file)
     )
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
+
+
+def _by_split(folder: Path) -> dict[str, list[Path]]:
+    """The files in a folder, at any depth, that could hold rows, in order."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*")):
+        parts = file.relative_to(folder).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if file.is_file() and _suffix(file) in SUFFIXES and not hidden and file.name != "dataset_infos.json":
+            found.setdefault(_split_of(parts), []).append(file)
+    return found
 
 
 def _split_of(parts: tuple[str, ...]) -> str:
@@ -205,5 +219,5 @@ def _parse(content: bytes) -> Any:
         return json.loads(content.decode())
     except UnicodeDecodeError as error:
         return InvalidRowError(f"is not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a ValueError too: an integer of thousands of digits
         return InvalidRowError(f"is not JSON ({error}); write one JSON object a line (or a list in a .json file)")

@@ -40,7 +40,7 @@ class TokenizeConfig:
     """Lengths in tokens; the rules are the module's.
 
     Attributes:
-        max_length: longest sequence of prompt and response.
+        max_length: longest sequence of prompt and response, in tokens.
         max_prompt_length: longest prompt, BOS included; unset, what the longer response leaves, and half at least.
         truncation_mode: what a longer prompt meets: "error", "keep_end", "keep_start", or "drop" (of its row).
         append_eos: end every response with EOS, where the reward is read.

@@ -1,7 +1,6 @@
 """The configuration of a run: one dataclass, read strictly from YAML."""
 
 import dataclasses
-import difflib
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from reprdpo.data import TokenizeConfig
-from reprdpo.errors import UserError
+from reprdpo.errors import UserError, did_you_mean
 from reprdpo.evaluation import known_judges
 from reprdpo.experiments.systems import SYSTEMS
 from reprdpo.models import Quantization
@@ -173,7 +172,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in (*self.systems, *self.train_overrides):
             if name not in SYSTEMS:
-                raise UserError(f"systems: {name!r} is unknown{_closest(name, SYSTEMS)}; known: {', '.join(SYSTEMS)}")
+                raise UserError(
+                    f"systems: {name!r} is unknown{did_you_mean(name, SYSTEMS)}; known: {', '.join(SYSTEMS)}"
+                )
         if not self.systems or not self.seeds:
             raise UserError("systems and seeds: each must name at least one")
         for name, items in (("systems", self.systems), ("seeds", self.seeds)):
@@ -219,7 +220,7 @@ class RunConfig:
             )
         system = variant.system
         if system not in SYSTEMS:
-            raise UserError(f"{where}.system: {system!r} is unknown{_closest(system, SYSTEMS)}")
+            raise UserError(f"{where}.system: {system!r} is unknown{did_you_mean(system, SYSTEMS)}")
         if system in ("base", "sft"):
             raise UserError(f"{where}.system: {system!r} is what all is measured against; give it a run of its own")
         _check_training(f"{where}.train", variant.train, _trainer_config(system))
@@ -247,6 +248,8 @@ def load_config(path: str | Path, **overrides: Any) -> RunConfig:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; see `reprdpo run --help` for an example") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -271,7 +274,8 @@ def build(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
     try:
         return cls(**built)
     except ValueError as error:
-        raise UserError(f"{where}: {error}" if where else str(error)) from None
+        message = " ".join(str(error).split())
+        raise UserError(f"{where}: {message}" if where else message) from None
 
 
 def override(section: Any, values: Mapping[str, Any], where: str) -> Any:
@@ -333,7 +337,8 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
             pass
     elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+    quote = " (no, off, yes and on are booleans in YAML: quote them)" if hint is str and isinstance(value, bool) else ""
+    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}{quote}")
 
 
 def _check_least(section: str, least: int, **values: float | None) -> None:
@@ -358,12 +363,7 @@ def _check_keys(where: str, values: Mapping[str, Any], cls: type[Any]) -> None:
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     for key in values:
         if key not in known:
-            raise UserError(f"{_dotted(where, str(key))}: no such key{_closest(str(key), known)}")
-
-
-def _closest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"{_dotted(where, str(key))}: no such key{did_you_mean(str(key), known)}")
 
 
 def _required(f: dataclasses.Field[Any]) -> bool:

@@ -14,21 +14,25 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import reprdpo
 from reprdpo import costs
 from reprdpo.data import local_files
 from reprdpo.errors import UserError
 from reprdpo.experiments.config import RunConfig
-from reprdpo.files import content_hash, disk_errors, read_json, write_json
+from reprdpo.files import check_writable, content_hash, disk_errors, read_json, write_json
 
 FORMAT = 1
 SETTINGS_FILE = "settings.json"
+# The settings that are sources of data.
+_DATA = ("preferences", "prompts", "prompt_sets", "borderline_prompts", "benign_text", "pairs")
 
 
 class RunFolder:
     """The folder of one run. A stage that is done is not done again; another run's folder is refused.
+
+    A new one is made with the first stage, so that a configuration that is refused leaves nothing behind.
 
     ``evaluation`` names the folder in it where answers are judged under the configuration's evaluate section: the first
     one's is "evaluation"; with ``more_evaluations`` others get one of their own, without it they are refused.
@@ -37,9 +41,10 @@ class RunFolder:
     def __init__(self, config: RunConfig, *, more_evaluations: bool = False) -> None:
         self.path = Path(config.output_dir)
         self._config = asdict(config)
-        with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
+        check_writable(self.path)
+        self._lock: TextIO | None = None
+        if self._file.exists():
+            self._take_lock()
         try:
             self.state = self._open()
             self.evaluation = self._open_evaluation(more_evaluations)
@@ -49,10 +54,15 @@ class RunFolder:
 
     def close(self) -> None:
         """Let others work in the folder."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    @property
+    def _file(self) -> Path:
+        return self.path / "run.json"
 
     def done(self, stage: str) -> bool:
         return self.state["stages"].get(stage, {}).get("status") == "done"
@@ -66,7 +76,7 @@ class RunFolder:
         if self.done(name):
             say(f"{name}: done before")
             return
-        self._save()  # not before: a configuration that was refused must not claim the folder
+        self._claim()
         say(f"{name} ...")
         before, status = self.state["stages"].get(name, {}), "stopped"
         try:
@@ -79,15 +89,17 @@ class RunFolder:
         say(f"{name}: done in {self.state['stages'][name]['seconds']:.1f} s")
 
     def _open(self) -> dict[str, Any]:
-        file, inputs = self.path / "run.json", _input_hashes(_without_evaluation(self._config))
-        if file.exists():
-            state = read_json(file)
+        inputs = _input_hashes(_without_evaluation(self._config))
+        if self._file.exists():
+            state = read_json(self._file)
             _refuse_other_reference(self.path, state.get("config", {}), self._config)
             _refuse_other(self.path, shared_settings(state.get("config", {})), shared_settings(self._config))
             _refuse_other(self.path, state.get("inputs", {}), inputs)
             state["config"] = self._union(state["config"])
             return state | {"config_hash": content_hash(comparable(state["config"]))}
-        others = [entry.name for entry in self.path.iterdir() if entry.name != ".lock"]
+        with disk_errors(self.path):
+            found = self.path.iterdir() if self.path.exists() else ()
+            others = [entry.name for entry in found if entry.name != ".lock"]
         if others:
             raise UserError(
                 f"{self.path}: is not a run's folder and not empty ({others[0]}); choose another output_dir"
@@ -130,17 +142,28 @@ class RunFolder:
         found[name] = wanted
         return name
 
-    def _save(self) -> None:
-        write_json(self.path / "run.json", self.state)
+    def _claim(self) -> None:
+        """Make the folder this run's; refused where another process did so meanwhile."""
+        if self._lock is None:
+            with disk_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            if self._file.exists():
+                raise UserError(f"{self.path}: another process began a run in this folder; run this again")
+        self._save()
 
-    def _take_lock(self) -> Any:
+    def _save(self) -> None:
+        write_json(self._file, self.state)
+
+    def _take_lock(self) -> None:
         with disk_errors(self.path):
             handle = (self.path / ".lock").open("w")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            handle.close()
             raise UserError(f"{self.path}: another process is working in this folder; wait for it or stop it") from None
-        return handle
+        self._lock = handle
 
 
 def row_dir(run: Path, name: str, seed: int = 0) -> Path:
@@ -190,14 +213,18 @@ def _without_evaluation(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "evaluate"}
 
 
-def _input_hashes(config: dict[str, Any]) -> dict[str, str]:
-    """The content hash of every file the configuration names, so that a run never goes on with other data."""
+def _input_hashes(config: dict[str, Any], *, data: bool = False) -> dict[str, str]:
+    """The content hash of every file the configuration names, so that a run never goes on with other data.
+
+    Of folders, those under the names of _DATA, or of all where the mapping is of ``data``: others are models'.
+    """
     found: dict[str, str] = {}
-    for value in config.values():
+    for key, value in config.items():
         if isinstance(value, dict):
-            found |= _input_hashes(value)
+            found |= _input_hashes(value, data=key in _DATA)
         elif isinstance(value, str):
-            found |= {str(file): content_hash(file) for file in local_files(value)}
+            files = local_files(value, folders=data or key in _DATA)
+            found |= {str(file): content_hash(file) for file in files}
     return found
 
 

@@ -7,13 +7,14 @@ Shape suffixes: P pairs, S = 2P sequences (all chosen, then all rejected), T pad
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils.operations import recursively_apply
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
@@ -180,6 +181,33 @@ class RepresentationDPOTrainer(DPOTrainer):
         if self._confidence is not None and self.args.should_save:
             self._confidence.write_histogram(self.args.output_dir)
         return output
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL; what ``compute_metrics`` gets is then gathered by sequences, each once."""
+        output = super().prediction_step(*args, **kwargs)
+        self.gather_function: Callable[[Any], Any] = self._gather_losses
+        return output
+
+    def _gather_losses(self, losses: Tensor) -> Any:
+        """What the evaluation's loop gathers first; inputs, logits and labels follow."""
+        self.gather_function = self._gather_sequences
+        return self.accelerator.gather_for_metrics(losses)
+
+    def _gather_sequences(self, data: Any) -> Any:
+        """Tensors of S rows from all processes, without the pairs that accelerate repeats to fill up the last batch.
+
+        Its own ``gather_for_metrics`` counts pairs and cuts rows, and so would drop responses, on one process too.
+        """
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
+
+        def each_once(rows: Tensor) -> Tensor:
+            if not state.end_of_dataloader or state.remainder <= 0:
+                return rows
+            pairs = len(rows) // (2 * processes)
+            counted = torch.arange(processes * pairs, device=rows.device).view(processes, 1, pairs) < state.remainder
+            return rows[counted.expand(-1, 2, -1).flatten()]
+
+        return recursively_apply(each_once, self.accelerator.gather(data))
 
     def _not_yet_seen(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
         """The pairs of a batch of an evaluation without those that accelerate repeats to fill up the last one.

@@ -12,11 +12,14 @@ from reprdpo.report.run_fit import fit_blocks
 from reprdpo.report.run_results import (
     AFTER,
     BEFORE,
+    FIRST,
     PAPER_SYSTEMS,
     Results,
+    evaluation_words,
     read_results,
     results_blocks,
     samples,
+    titled,
 )
 from reprdpo.report.run_training import Training, read_trainings, training_figures
 from reprdpo.report.words import duration, held_words, main_words
@@ -51,6 +54,7 @@ def run_page(folder: Path) -> Page:
         stages = {str(stage): dict(cost) for stage, cost in state.get("stages", {}).items()}
         unfinished = [stage for stage, cost in stages.items() if cost["status"] != "done"]
         cost = _cost_table(stages)
+        told = evaluation_words(state.get("evaluations") or {FIRST: {}})
         config = (
             [Code(f"Config {state.get('config_hash', '')}", _pretty(state["config"]), folded=True)]
             if state.get("config")
@@ -59,7 +63,7 @@ def run_page(folder: Path) -> Page:
     results = read_results(folder)
     trainings = read_trainings(folder, results)
     bodies: dict[str, list[Block]] = {
-        "results": results_blocks(results),
+        "results": titled(results_blocks(results), FIRST, told.get(FIRST, "")),
         "reward": fit_blocks(folder / "fit" / "report.json"),
         "training": [*training_figures(trainings)],
         "samples": [*samples(results)],
@@ -67,6 +71,8 @@ def run_page(folder: Path) -> Page:
         "run": [Code("Command", command), *([Facts("Versions", versions)] if versions else []), *config],
     }
     missing = _missing(bodies, results, trainings)
+    further, absent = _further_evaluations(folder, told)
+    missing += absent
     if unfinished:
         missing.append(f"Not finished: {', '.join(unfinished)}.")
     if unfinished or not results.systems:
@@ -76,18 +82,35 @@ def run_page(folder: Path) -> Page:
             "All its stages are done: name what is absent in the config, with a new output_dir, and run that."
         )
     seconds = sum(float(cost.get("seconds") or 0.0) for cost in stages.values())
+    sections = {key: Section(key, *SECTIONS[key], body) for key, body in bodies.items() if body}
+    first = [sections.pop("results")] if "results" in sections else []
     return Page(
         kind="run",
         title=str(name),
-        lead="",
+        lead=f"Evaluated {len(told)} times; tiles and samples are of the first: {told[FIRST]}." if further else "",
         tiles=[
             *_tiles(results, bodies["reward"]),
             *([(duration(seconds), "wall time, all stages")] if seconds else []),
         ],
         missing=missing,
-        sections=[Section(key, *SECTIONS[key], body) for key, body in bodies.items() if body],
+        sections=[*first, *further, *sections.values()],
         made=f"{command} · commit {state.get('commit') or 'not known'}",
     )
+
+
+def _further_evaluations(folder: Path, told: dict[str, str]) -> tuple[list[Section], list[str]]:
+    """A section each, and a sentence for each that has no results; ``told`` has the words for every evaluation."""
+    sections, absent = [], []
+    for name, words in told.items():
+        if name == FIRST:
+            continue
+        if blocks := titled(results_blocks(read_results(folder, name)), name, words):
+            sections.append(
+                Section(name, f"Results, {name.replace('-', ' ')}", f"Of the same policies: {words}.", blocks)
+            )
+        else:
+            absent.append(f"Results of {words}: absent, as there is no {name}/summary.json.")
+    return sections, absent
 
 
 def _tiles(results: Results, reward: list[Block]) -> list[tuple[str, str]]:

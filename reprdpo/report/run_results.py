@@ -1,7 +1,7 @@
 """A run's evaluation: rates by system, seed and category, the paper's orderings, answers side by side."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ PAPER_SYSTEMS = {
 # What is set side by side: the first of each that the run has.
 BEFORE, AFTER = ("base", "sft"), ("reprdpo", "cdpo_fixed", "dpo_ranked", "dpo", "online")
 MAX_SAMPLES = 12
+FIRST = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,11 @@ class Results:
         return next((row.label for row in self.systems if row.name == name), PAPER_SYSTEMS.get(name, name))
 
 
-def read_results(run_dir: Path) -> Results:
-    """What there is of ``evaluation/``, in the order of the summary."""
-    paths = (path for path in (run_dir / "evaluation").glob("*.json") if re.fullmatch(r".+-seed-\d+", path.stem))
+def read_results(run_dir: Path, name: str = FIRST) -> Results:
+    """What there is in the folder ``name`` of an evaluation, in the order of the summary."""
+    paths = (path for path in (run_dir / name).glob("*.json") if re.fullmatch(r".+-seed-\d+", path.stem))
     evaluations = [_read_evaluation(run_dir, path) for path in paths]
-    systems, orderings = _read_summary(run_dir / "evaluation" / "summary.json", evaluations)
+    systems, orderings = _read_summary(run_dir / name / "summary.json", evaluations)
     order = list(dict.fromkeys([*(row.name for row in systems), *PAPER_SYSTEMS]))
     return Results(systems, orderings, sorted(evaluations, key=lambda row: (*place(row.system, order), row.seed)))
 
@@ -90,6 +91,37 @@ def results_blocks(results: Results) -> list[Block]:
     if results.evaluations:
         blocks.append(_seeds_table(results))
     return blocks
+
+
+def evaluation_words(evaluations: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What tells a run's evaluations from each other: who judged, and every setting they differ in.
+
+    ``evaluations`` are those of run.json, by their folder; there are no words where there is one alone.
+    """
+    if len(evaluations) < 2:
+        return dict.fromkeys(evaluations, "")
+    settings = {name: {"judge": None, **one["settings"]} for name, one in evaluations.items()}
+    keys = list(dict.fromkeys(key for each in settings.values() for key in each))
+    told = [key for key in keys if key == "judge" or len({str(each.get(key)) for each in settings.values()}) > 1]
+    return {
+        name: ", ".join(f"{key} {'default' if each.get(key) is None else each[key]}" for key in told)
+        for name, each in settings.items()
+    }
+
+
+def titled(blocks: list[Block], name: str, words: str) -> list[Block]:
+    """The ``blocks`` of the evaluation ``name`` where a page has those of others too, which differ in ``words``."""
+    if not words:
+        return blocks
+
+    def named(block: Block) -> Block:
+        if isinstance(block, Sample):
+            return block
+        if isinstance(block, (Table, Figure)) and name != FIRST:
+            block = replace(block, name=f"{block.name}-{name}")
+        return replace(block, title=f"{block.title} ({words})")
+
+    return list(map(named, blocks))
 
 
 def samples(results: Results) -> list[Sample]:

@@ -1,6 +1,7 @@
 """Best-of-N: responses to a prompt set, scored, in a JSONL file that a killed run goes on with."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -106,11 +107,13 @@ def _append(
     path: Path, header: dict[str, Any], batches: Iterable[list[dict[str, Any]]], present: int, bar: "tqdm[Any]"
 ) -> None:
     """Write the records as they come, behind the ``header`` where the file is new."""
+    batches = iter(batches)
+    first = next(batches, [])  # what is refused is refused here, before a file is made
     with JsonlWriter(path) as writer:
         if not path.stat().st_size:
             writer.write(header)
         bar.update(present)
-        for records in batches:
+        for records in itertools.chain([first], batches):
             for record in records:
                 writer.write(record)
             bar.update(len(records))

@@ -15,11 +15,19 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.training_args import ParallelMode
 
 from reprdpo import files, models
 from reprdpo.errors import UserError
 from reprdpo.training.adapters import check_trainable
-from reprdpo.training.batches import BalancedBatchSampler, BatchLoader, EvaluationLoader, EvaluationSampler, row_lengths
+from reprdpo.training.batches import (
+    BalancedBatchSampler,
+    BatchLoader,
+    EvaluationLoader,
+    EvaluationSampler,
+    RowLengths,
+    row_lengths,
+)
 from reprdpo.training.checkpoint import (
     ARGUMENTS_FILE,
     check_resumable,
@@ -40,7 +48,7 @@ class BaseTrainer(Trainer):
     forward they came in.
 
     Raises:
-        UserError: several GPUs in one process; start one process a GPU instead.
+        UserError: several GPUs in one process, one process alone under FSDP, or what transformers refuses.
     """
 
     def __init__(
@@ -55,11 +63,18 @@ class BaseTrainer(Trainer):
             raise UserError(
                 f"{args.n_gpu} GPUs in one process: start with torchrun, or set CUDA_VISIBLE_DEVICES to one"
             )
+        if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise UserError("fsdp: shards over processes, and this is one alone; start with torchrun, or leave it out")
         check_trainable(model)
         if args.disable_dropout:
             disable_dropout(model)
         self.costs = StepCosts(args.device)
-        super().__init__(model=model, args=args, callbacks=[self.costs, MetricsFile(), *(callbacks or [])], **kwargs)
+        try:
+            super().__init__(
+                model=model, args=args, callbacks=[self.costs, MetricsFile(), *(callbacks or [])], **kwargs
+            )
+        except ValueError as error:  # how transformers refuses settings
+            raise UserError(" ".join(str(error).split())) from error
         # accelerate drops FSDP without a word where it cannot serve it.
         asked = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         if asked and not self.is_fsdp_enabled:
@@ -71,6 +86,8 @@ class BaseTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._decoder_size, self._head_size = self._sizes()
         self._evaluated = MetricWindow()
+        # Of a data set that is prepared here, not to be read again.
+        self._known_lengths: tuple[Dataset | None, RowLengths | None] = (None, None)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; ``resume_from_checkpoint=True`` goes on from the newest whole checkpoint of the output folder."""
@@ -97,25 +114,24 @@ class BaseTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches shared out evenly over the processes and split within ``max_tokens_per_device``."""
-        sampler = self._sampler(self.train_dataset)
-        if sampler is None:
+        known, lengths = self._known_lengths
+        if known is not self.train_dataset:
+            lengths = row_lengths(self.train_dataset)
+        if lengths is None:
             return super().get_train_dataloader()
-        return BatchLoader(self.train_dataset, sampler, self.data_collator, **self._loading())
+        return BatchLoader(self.train_dataset, self._sampler(lengths), self.data_collator, **self._loading())
 
-    def _sampler(self, dataset: Any) -> BalancedBatchSampler | None:
-        """This process's batches of ``dataset``; None where its rows' lengths cannot be told.
+    def _sampler(self, lengths: RowLengths) -> BalancedBatchSampler:
+        """This process's batches of rows of these ``lengths``.
 
         Raises:
             UserError: a row over the token budget, or too few rows for the processes.
         """
-        lengths = row_lengths(dataset)
-        if lengths is None:
-            return None
         strategy = self.args.train_sampling_strategy
         return BalancedBatchSampler(
-            lengths[0],
+            lengths.tokens,
             self._train_batch_size,
-            sequences=lengths[1],
+            sequences=lengths.sequences,
             max_tokens=self.args.max_tokens_per_device,
             num_replicas=self.args.world_size,
             rank=self.args.process_index,

@@ -8,7 +8,7 @@ does not change which rows it holds.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -23,6 +23,13 @@ _COLUMNS = (("chosen_input_ids", "rejected_input_ids"), ("input_ids",))
 
 Forwards = list[list[int]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class RowLengths(NamedTuple):
+    """The longest sequence of each row, in tokens, and how many sequences a row has."""
+
+    tokens: Ints
+    sequences: int
 
 
 class BalancedBatchSampler(Sampler[Forwards]):
@@ -207,8 +214,8 @@ class BatchLoader(DataLoader[Any]):
         self._sampler.set_epoch(epoch)
 
 
-def row_lengths(dataset: Any) -> tuple[Ints, int] | None:
-    """The longest sequence of each tokenised row, and how many sequences a row has; None where that cannot be told."""
+def row_lengths(dataset: Any) -> RowLengths | None:
+    """Of a tokenised data set; None where they cannot be told."""
     if not isinstance(dataset, Dataset):
         return None
     names = next((names for names in _COLUMNS if set(names) <= set(dataset.column_names)), None)
@@ -216,7 +223,7 @@ def row_lengths(dataset: Any) -> tuple[Ints, int] | None:
         return None
     table = dataset.select_columns(list(names)).with_format("arrow")[:]
     lengths = [pc.list_value_length(table[name]).to_numpy() for name in names]
-    return np.maximum.reduce(lengths).astype(np.int64), len(names)
+    return RowLengths(np.maximum.reduce(lengths).astype(np.int64), len(names))
 
 
 class _RowsOf(torch.utils.data.Dataset[list[Any]]):

@@ -67,6 +67,12 @@ class BaseConfig(TrainingArguments):
     def _check_fields(self) -> None:
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns: the collators need every column; leave it False")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        workers = self.dataloader_num_workers
+        _check(workers >= 0, "dataloader_num_workers", workers, "an integer of at least 0")
+        rate = self.learning_rate
+        _check(math.isfinite(rate) and rate >= 0, "learning_rate", rate, "a number of at least 0")
         _check(self.max_length >= 2, "max_length", self.max_length, "an integer of at least 2")
         tokens = self.max_tokens_per_device
         _check(tokens is None or tokens >= 1, "max_tokens_per_device", tokens, "an integer of at least 1, or unset")

@@ -26,7 +26,8 @@ Packing = Literal["auto", "prefix", "varlen", "padded"]
 _FLEX_BLOCK = 128
 # Mixture-of-experts configurations name their feed-forward layers in the same list.
 _ANY_ROW = {"full_attention", "sliding_attention", "sparse", "dense", "moe"}
-_WINDOWS = ("sliding_window", "attention_window_size", "window_size")
+# Beyond the last of them Doge's tokens compete for being seen, ties decided by their place in the row.
+_WINDOWS = ("sliding_window", "attention_window_size", "window_size", "keep_window_size")
 
 
 def packing_collator(

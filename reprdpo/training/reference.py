@@ -23,7 +23,7 @@ from tqdm import tqdm
 from reprdpo import costs, files, heads, models, ops
 from reprdpo.data import PackingCollator, PreferenceCollator, length_grouped_batches, to_device
 from reprdpo.data.packing import SIDES
-from reprdpo.training.batches import row_lengths
+from reprdpo.training.batches import RowLengths, row_lengths
 from reprdpo.training.layout import loss_inputs, model_inputs
 
 _FORMAT = "2"
@@ -43,14 +43,16 @@ def reference_logps(
     device: torch.device | None = None,
     collator: PackingCollator | None = None,
     fingerprint: str | None = None,
+    lengths: RowLengths | None = None,
     progress: bool = True,
 ) -> Dataset:
     """Add ``ref_chosen_logps`` and ``ref_rejected_logps`` (float32, log pi_ref(y | x) summed over the response).
 
     The pass goes over pairs sorted by length, forward only. With ``cache_dir``, finished chunks of about a quarter of a
     million tokens are kept, so that a killed run goes on where it stopped, and the whole result is found again by the
-    hash of the model's weights and of the tokens, by precision and by layout. Rows are read as they are needed, so that
-    data in files stay there. Under torch.distributed every process calls this with the same arguments.
+    hash of the model's weights and of the tokens, by precision and by layout, and mapped from its file. Rows are read
+    as they are needed, so that data in files stay there. Under torch.distributed every process calls this with the same
+    arguments.
 
     Args:
         model: the reference policy; put into evaluation mode for the pass. Under peft it is the base model.
@@ -62,8 +64,9 @@ def reference_logps(
         collator: that of training, if it is to be computed in the same layout, which in half precision rounds in a way
             of its own (default: padded).
         fingerprint: the model's :func:`~reprdpo.models.base_fingerprint`, where it is known.
+        lengths: the pairs', where they are known.
     """
-    rows = _Rows(tokenized)
+    rows = _Rows(tokenized, lengths)
     if collator is None:
         collator = PackingCollator(PreferenceCollator(pad_token_id), ("padded",))
     folder = None
@@ -147,11 +150,11 @@ def _all_logps(
 class _Rows:
     """Tokenised pairs, each read when it is asked for."""
 
-    def __init__(self, tokenized: Dataset) -> None:
+    def __init__(self, tokenized: Dataset, lengths: RowLengths | None) -> None:
         self._pairs = tokenized.select_columns([f"{side}_{name}" for side in SIDES for name in _COLUMNS])
-        found = row_lengths(self._pairs)
+        found = lengths or row_lengths(self._pairs)
         assert found is not None
-        self.lengths: list[int] = found[0].tolist()
+        self.lengths: list[int] = found.tokens.tolist()
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -29,6 +29,7 @@ from reprdpo.ops.reference import PAIR_LOSSES
 from reprdpo.reward import HiddenStateTap, HybridReward
 from reprdpo.training.adapters import with_adapters
 from reprdpo.training.base import BaseTrainer, autocast_dtype, padding_id
+from reprdpo.training.batches import RowLengths, row_lengths
 from reprdpo.training.checkpoint import load_state, save_state
 from reprdpo.training.confidence import REWARD_FOLDER, RewardConfidence, ScoredBatch, check_replicas
 from reprdpo.training.config import ReprDPOConfig
@@ -196,15 +197,19 @@ class ReprDPOTrainer(BaseTrainer):
                 raise UserError(f"processing_class: {what} is text; pass the tokenizer")
             dataset = tokenize_preferences(dataset, self.processing_class, self.args.tokenize_config(), where=what)
         check_pair_lengths(self.data_collator, dataset, what)
-        if batched:
-            self._sampler(dataset)
+        lengths = row_lengths(dataset)
+        if batched and lengths is not None:
+            self._sampler(lengths)
         if not self._needs_reference:
             dataset = dataset.select_columns([name for name in dataset.column_names if not name.startswith("ref_")])
         elif "ref_chosen_logps" not in dataset.column_names:
-            dataset = self._add_reference(dataset)
-        return dataset.select_columns([name for name in _COLUMNS if name in dataset.column_names])
+            dataset = self._add_reference(dataset, lengths)
+        dataset = dataset.select_columns([name for name in _COLUMNS if name in dataset.column_names])
+        if batched:
+            self._known_lengths = dataset, lengths
+        return dataset
 
-    def _add_reference(self, dataset: Dataset) -> Dataset:
+    def _add_reference(self, dataset: Dataset, lengths: RowLengths | None) -> Dataset:
         cache_dir = self.args.reference_cache_dir or str(Path(self.args.output_dir) / "reference")
         reference, collator = self.model, self.data_collator
         if self._reference is not None:
@@ -224,6 +229,7 @@ class ReprDPOTrainer(BaseTrainer):
                 device=self.args.device,
                 collator=collator,
                 fingerprint=self._fingerprint(unwrap(reference)),
+                lengths=lengths,
                 progress=not self.args.disable_tqdm and self.args.process_index == 0,
             )
 

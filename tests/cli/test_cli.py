@@ -70,8 +70,14 @@ def test_help_says_what_every_setting_is(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         main(["sample", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--temperature VALUE divides the logits; 0 takes the likeliest token" in shown
+    assert "--temperature NUMBER divides the logits; 0 takes the likeliest token" in shown
     assert "--truncation_mode VALUE what a longer prompt meets" in shown
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--packing auto|prefix|varlen|padded How pairs lie in a batch" in shown
+    assert "--update_reward true|false Update the reward" in shown
+    assert "at the cost of ~20% slower training" in shown
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,7 +270,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / ".lock").exists():
+    while not (tmp_path / "cache").exists():  # the first thing it makes
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.1)

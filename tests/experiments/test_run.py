@@ -161,7 +161,17 @@ def test_bad_input_is_said_before_any_stage(tmp_path: Path, tiny_config: RunConf
     with pytest.raises(UserError, match="beta"):
         run(config, say=said.append)
     assert not said
-    RunFolder(replace(config, train={"beta": 1.0}))  # the mistake has not claimed the folder
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_two_runs_begin_is_the_firsts(tmp_path: Path, tiny_config: RunConfig) -> None:
+    one, other = (RunFolder(replace(tiny_config, output_dir=str(tmp_path / "run"))) for _ in range(2))
+    one.stage("one", lambda: None, say=lambda line: None)
+    with pytest.raises(UserError, match="another process is working in this folder"):
+        other.stage("one", lambda: None, say=lambda line: None)
+    one.close()
+    with pytest.raises(UserError, match="another process began a run in this folder"):
+        other.stage("one", lambda: None, say=lambda line: None)
 
 
 @pytest.mark.parametrize("name", ["preferences", "prompts"])

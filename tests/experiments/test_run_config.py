@@ -42,6 +42,7 @@ def test_numbers_that_yaml_takes_for_text(tmp_path: Path) -> None:
         ("a: [1\n", "is not YAML"),
         ("model: x\n", "output_dir: missing"),
         (MINIMAL + "modle: x\n", "modle: no such key; did you mean 'model'?"),
+        (MINIMAL + "dtype: no\n", "dtype: expected str, got False (no, off, yes and on are booleans in YAML"),
         (MINIMAL + "data: {max_lenght: 3}\n", "data.max_lenght: no such key; did you mean 'max_length'?"),
         (MINIMAL + "train: {betta: 3}\n", "train.betta: no such key; did you mean 'beta'?"),
         (MINIMAL + "train_overrides: {dpo: {betta: 3}}\n", "train_overrides.dpo.betta: no such key"),

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from reprdpo.errors import UserError
 from reprdpo.experiments.config import RunConfig, build
-from reprdpo.experiments.run_folder import RunFolder
+from reprdpo.experiments.run_folder import SETTINGS_FILE, RunFolder, checked_settings
 from reprdpo.experiments.sources import read_inputs
+from reprdpo.files import write_json
 
 
 @pytest.fixture
@@ -92,7 +94,9 @@ def test_prompts_of_another_kind_than_the_preferences_are_refused(pku: Path, xst
         read_inputs(config(str(pku), borderline_prompts=f"{xstest}?turns=chat"))
 
 
-@pytest.mark.parametrize("place", ["pku-safe-rlhf:{}", "{}?label=better", "trl:{.parent}?split=train", "{}"])
+@pytest.mark.parametrize(
+    "place", ["pku-safe-rlhf:{}", "{}?label=better", "trl:{.parent}?split=train", "{}", "{.parent}"]
+)
 def test_a_run_does_not_go_on_with_other_data_behind_a_source(tmp_path: Path, pku: Path, place: str) -> None:
     run = RunConfig(output_dir=str(tmp_path / "runs" / "run"), model="m", preferences=place.format(pku))
     RunFolder(run).stage("one", lambda: None, say=lambda line: None)
@@ -100,3 +104,31 @@ def test_a_run_does_not_go_on_with_other_data_behind_a_source(tmp_path: Path, pk
     pku.write_text(pku.read_text() * 2)
     with pytest.raises(UserError, match=r"holds another run \(.*pku\.jsonl"):
         RunFolder(run)
+
+
+def test_of_a_folder_what_is_read_counts_and_a_models_not_at_all(tmp_path: Path, pku: Path) -> None:
+    (model := tmp_path / "model").mkdir()
+    sources = ({"preferences": str(pku.parent)}, {"prompt_sets": {"a": str(pku.parent)}})
+    for number, source in enumerate(sources):
+        folder, settings = tmp_path / str(number), {"model": str(model), **source}
+        write_json(folder / SETTINGS_FILE, checked_settings(folder, settings))
+        (model / "config.json").write_text("{}")
+        (pku.parent / "test.jsonl").write_text("{}\n")  # another split
+        (pku.parent / "README.md").write_text("of these")
+        checked_settings(folder, settings)
+        (pku.parent / f"more-{number}.jsonl").write_text("{}\n")
+        with pytest.raises(UserError, match=rf"more-{number}\.jsonl"):
+            checked_settings(folder, settings)
+
+
+def test_a_saved_data_set_that_changed_is_seen(tmp_path: Path, pku: Path) -> None:
+    saved, run = tmp_path / "saved", tmp_path / "run"
+    splits = DatasetDict({split: Dataset.from_json(str(pku), cache_dir=str(tmp_path)) for split in ("train", "test")})
+    splits.save_to_disk(saved)
+    settings = {"preferences": str(saved)}
+    write_json(run / SETTINGS_FILE, checked_settings(run, settings))
+    splits["test"].select(range(3)).save_to_disk(saved / "test")
+    checked_settings(run, settings)
+    splits["train"].select(range(3)).save_to_disk(saved / "train")
+    with pytest.raises(UserError, match=r"saved/train/.*\.arrow"):
+        checked_settings(run, settings)

@@ -401,23 +401,34 @@ def test_evaluation_moves_nothing_and_logs_what_training_does(
     assert all(map(torch.equal, before, parameters(trainer.model) + parameters(reward)))
 
 
-def test_compute_metrics_gets_logits(make_config: Make, make_reward: Make, model_dir: str, pairs: Dataset) -> None:
-    shapes = []
+@pytest.mark.parametrize("size", [3, 8])
+def test_compute_metrics_gets_every_sequence_once(
+    make_config: Make, make_reward: Make, model_dir: str, pairs: Dataset, size: int
+) -> None:
+    """Eight pairs in batches of three: the last one is not full."""
+    found: list[Any] = []
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
-        shapes.append(prediction.predictions.shape)
+        found.append(prediction)
         return {"rows": len(prediction.predictions)}
 
     trainer = RepresentationDPOTrainer(
         model=model_dir,
-        args=make_config(trl.DPOConfig),
+        args=make_config(trl.DPOConfig, per_device_eval_batch_size=size, include_for_metrics=["inputs", "loss"]),
         train_dataset=pairs,
         eval_dataset=pairs,
         reward=make_reward(),
         compute_metrics=compute_metrics,
     )
     assert trainer.evaluate()["eval_rows"] == 2 * len(pairs)
-    assert shapes[0][2] == trainer.model.config.vocab_size
+    assert found[0].predictions.shape[2] == trainer.model.config.vocab_size
+    assert len(found[0].inputs) == len(found[0].label_ids) == 2 * len(pairs)
+    padding = (-100, trainer.processing_class.pad_token_id)
+    rows = sorted(tuple(int(i) for i in row if i not in padding) for row in found[0].label_ids)
+    wanted = [ids for pair in trainer.eval_dataset for ids in (pair["chosen_ids"], pair["rejected_ids"])]
+    prompts = [pair["prompt_ids"] for pair in trainer.eval_dataset for _ in range(2)]
+    assert rows == sorted((*prompt, *ids) for prompt, ids in zip(prompts, wanted, strict=True))
+    assert len(found[0].losses) == len(pairs)
 
 
 @pytest.mark.parametrize("precompute", [False, True])

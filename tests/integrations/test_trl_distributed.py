@@ -15,8 +15,17 @@ from reprdpo.errors import UserError
 pytest.importorskip("trl")
 
 
+PAD = 0  # of the tests' tokenizer
 EVALUATED = {"one": 1, "five": 5, "all": 8}  # of batches of two a process: odd, fewer than processes, even
 Numbers = dict[str, float]
+
+
+def counted(prediction: Any) -> Numbers:
+    """Over all sequences that were evaluated, how many there are, and sums of their tokens' ids and logits."""
+    padding = prediction.label_ids == -100
+    real = ~padding & (prediction.label_ids != PAD)
+    largest = prediction.predictions.max(-1)[real]
+    return {"sequences": len(padding), "ids": float(prediction.label_ids[real].sum()), "logits": float(largest.sum())}
 
 
 def train(
@@ -50,7 +59,9 @@ def train(
         eval_dataset={name: Dataset.from_list(rows[:count]) for name, count in EVALUATED.items()},
         processing_class=None,
         reward=str(Path(folder) / "reward"),
+        compute_metrics=counted,
     )
+    assert trainer.processing_class.pad_token_id == PAD
     trainer.train()
     names = ("loss", "rewards/margins", "hybrid/nll", "confidence/min", "num_tokens")
     lines = [[line[name] for name in names] for line in trainer.state.log_history if "loss" in line]
@@ -79,6 +90,7 @@ def test_two_processes_are_one(tmp_path: Path, model_dir: str, pairs: Dataset, m
     for name, wanted in evaluated_alone.items():
         assert f"eval_{name}_loss" in wanted
         # TRL's means of the means of batches, which are others here
+        assert wanted[f"eval_{name}_sequences"] == 2 * EVALUATED[name]
         weighted = ("eval_entropy", "eval_logits/", "eval_mean_token_accuracy")
         kept = {metric: value for metric, value in wanted.items() if not metric.startswith(weighted)}
         assert {metric: evaluated[name][metric] for metric in kept} == pytest.approx(kept, rel=1e-4, abs=1e-4), name

@@ -232,3 +232,52 @@ def test_the_terminals_table_is_aligned_and_says_what_held(run_dir: Path) -> Non
 def test_orderings_come_with_their_test(run_dir: Path) -> None:
     (orderings,) = (block for block in run_page(run_dir).blocks() if isinstance(block, Orderings))
     assert [row.held for row in orderings.rows] == [True, True, True, False, None]
+
+
+def evaluate_again(run_dir: Path, **settings: Any) -> None:
+    """Another evaluation of the run, whose folder is a copy of the first."""
+    path = run_dir / "run.json"
+    first = {"settings": {"judge": "sandbox", "limit": 220, "prompts": None}, "inputs": {}}
+    found = read_json(path).get("evaluations", {"evaluation": first})
+    name = f"evaluation-{len(found) + 1}"
+    change(path, evaluations=found | {name: {**first, "settings": first["settings"] | settings}})
+    shutil.copytree(run_dir / "evaluation", run_dir / name)
+
+
+def test_every_evaluation_of_a_run_has_its_results(run_dir: Path) -> None:
+    evaluate_again(run_dir, judge="llama-guard-2:guard")
+    evaluate_again(run_dir, judge="llama-guard-2:guard", prompts="xstest.csv?label=unsafe")
+    for row, rate in (("evaluation-2", 0.51), ("evaluation-3", 0.52)):
+        path = run_dir / row / "summary.json"
+        systems = read_json(path)["systems"]
+        change(path, systems=[systems[0] | {"toxic_mean": rate}, *systems[1:]])
+    page = run_page(run_dir)
+    assert [section.name for section in page.sections[:4]] == ["results", "evaluation-2", "evaluation-3", "reward"]
+    found = {name: table(page, f"systems{name}") for name in ("", "-evaluation-2", "-evaluation-3")}
+    assert [systems.rows[0][1].value for systems in found.values()] == [0.48, 0.51, 0.52]
+    assert [systems.title for systems in found.values()] == [
+        "Every system (judge sandbox, prompts default)",
+        "Every system (judge llama-guard-2:guard, prompts default)",
+        "Every system (judge llama-guard-2:guard, prompts xstest.csv?label=unsafe)",
+    ]
+    assert page.lead == "Evaluated 3 times; tiles and samples are of the first: judge sandbox, prompts default."
+    assert len({figure.name for figure in page.figures()}) == len(page.figures())
+    shown = summary_table(run_dir)
+    assert all(systems.title in shown for systems in found.values())
+    assert 'href="#evaluation-3"' in render(run_dir).read_text()
+
+
+def test_an_evaluation_that_is_not_there_is_named(run_dir: Path) -> None:
+    evaluate_again(run_dir, judge="keyword-refusal")
+    shutil.rmtree(run_dir / "evaluation-2")
+    page = run_page(run_dir)
+    assert [section.name for section in page.sections[:2]] == ["results", "reward"]
+    assert page.missing[0] == "Results of judge keyword-refusal: absent, as there is no evaluation-2/summary.json."
+    assert page.title == "invented for a test"
+
+
+def test_a_run_evaluated_once_needs_no_words_for_it(run_dir: Path) -> None:
+    change(run_dir / "run.json", evaluations={"evaluation": {"settings": {"judge": "sandbox"}, "inputs": {}}})
+    page = run_page(run_dir)
+    assert page.lead == ""
+    assert table(page, "systems").title == "Every system"

@@ -12,7 +12,7 @@ from test_trainer import logged, parameters, untied
 
 from reprdpo.errors import UserError
 from reprdpo.training import ReprDPOTrainer
-from reprdpo.training.batches import BalancedBatchSampler, EvaluationLoader, EvaluationSampler, row_lengths
+from reprdpo.training.batches import BalancedBatchSampler, EvaluationLoader, EvaluationSampler, RowLengths, row_lengths
 
 Make = Callable[..., Any]
 
@@ -92,6 +92,26 @@ def test_lengths_of_selected_rows() -> None:
     assert lengths.tolist() == [3, 2]
     assert sequences == 2
     assert row_lengths(Dataset.from_dict({"other": [1]})) is None
+
+
+def test_training_reads_its_lengths_once(
+    make_model: Make, make_config: Make, pairs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Dataset] = []
+
+    def counted(dataset: Dataset) -> RowLengths | None:
+        read.append(dataset)
+        return row_lengths(dataset)
+
+    for module in ("base", "trainer", "reference"):
+        monkeypatch.setattr(f"reprdpo.training.{module}.row_lengths", counted)
+    config = make_config(confidence_source="fixed", max_tokens_per_device=34)
+    trainer = ReprDPOTrainer(make_model(), config, train_dataset=pairs)
+    rows = sum(len(forward["pair_id"]) for batch in trainer.get_train_dataloader() for forward in batch)
+    assert (rows, len(read)) == (len(pairs), 1)
+    trainer.train_dataset = trainer.train_dataset.select(range(5))
+    rows = sum(len(forward["pair_id"]) for batch in trainer.get_train_dataloader() for forward in batch)
+    assert (rows, len(read)) == (5, 2), "another data set has lengths of its own"
 
 
 def test_a_token_budget_changes_no_training(

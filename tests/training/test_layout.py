@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -132,6 +133,7 @@ MODELS = [
 
 
 @pytest.mark.usefixtures("_varlen_attention")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing")  # the name that every transformers 5 has
 @pytest.mark.parametrize(("config_class", "attention", "settings"), MODELS)
 @pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -150,7 +152,7 @@ def test_every_layout_is_the_same_training(
     def step(collator: Any, implementation: str = attention) -> dict[str, Tensor]:
         model = build(config_class, implementation, **settings)
         if checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         config = make_config(packing="padded", beta=0.3)
         return one_step(ReprDPOTrainer(model, config, reward=random_reward(model, pool)), collator(odd_pairs))
 
@@ -195,7 +197,7 @@ def test_flex_blocks_hold_the_same_mask(odd_pairs: list[dict[str, Any]]) -> None
     [
         ("mpt_unused_scale", "position_ids"),
         ("mamba", "position_ids"),
-        ("recurrent_gemma_own_name", "linear_attention"),
+        ("recurrent_gemma_own_name", "linear_attention|what else is in its row"),  # as transformers names it or not
         ("falcon_h1_multiplier", "hybrid"),
     ],
 )
@@ -205,7 +207,7 @@ def test_models_that_depend_on_the_row_fall_back_and_say_so(
     model = tiny_causal_lm(name)
     with caplog.at_level(logging.WARNING):
         assert packing_collator(model, PADDED).layouts == ("padded",)
-    assert [reason in record.message for record in caplog.records] == [True]
+    assert [bool(re.search(reason, record.message)) for record in caplog.records] == [True]
     with pytest.raises(UserError, match=reason):
         packing_collator(model, PADDED, packing="prefix")
 
@@ -220,6 +222,7 @@ def test_models_that_depend_on_the_row_fall_back_and_say_so(
             {"num_layers": 3, "attention_types": [[["local"], 3]], "window_size": 8},
             "else is in its row",
         ),
+        ("DogeConfig", {"keep_window_size": 4}, "else is in its row"),
         ("Qwen3NextConfig", {"num_experts": 2, "moe_intermediate_size": 8}, "linear_attention"),
         ("Mamba2Config", {"num_heads": 4, "head_dim": 8, "hidden_size": 16, "n_groups": 1}, "position_ids"),
     ],
@@ -252,6 +255,8 @@ def test_rows_stay_within_a_sliding_window(odd_pairs: list[dict[str, Any]], capl
     gemma = GROUPED | {"head_dim": 8}
     wide = packing_collator(build("Gemma2Config", "eager", **gemma, sliding_window=64), PADDED, packing="prefix")
     assert wide.max_row_tokens == 64
+    for doge, rows in (({"keep_window_size": 200}, 200), ({}, 2048), ({"sliding_window": 150}, 150)):
+        assert packing_collator(build("DogeConfig", "sdpa", **GROUPED, **doge), PADDED).max_row_tokens == rows
     assert packing_collator(build("Qwen2Config", "sdpa", **GROUPED, sliding_window=8), PADDED).max_row_tokens == 4096
     with caplog.at_level(logging.WARNING):
         narrow = packing_collator(build("Gemma2Config", "eager", **gemma, sliding_window=8), PADDED)

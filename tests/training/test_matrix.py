@@ -42,7 +42,7 @@ def run(
     model = with_lora(model) if lora else model
     settings: dict[str, Any] = {"max_steps": 3, "bf16": bf16, "learning_rate": 1e-2, "packing": packing}
     if checkpointing:
-        settings |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+        settings |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     config = tiny_runs.make_config(str(folder), **settings)
     reward = tiny_runs.make_reward()
     ReprDPOTrainer(model, config, train_dataset=tiny_runs.make_pairs(), reward=reward).train()

@@ -67,6 +67,20 @@ def test_found_again_by_content(
     assert told["ref_rejected_logps"] == first["ref_rejected_logps"]
 
 
+def test_what_is_found_again_stays_in_its_file(make_model: Callable[..., Any], pairs: Dataset, tmp_path: Path) -> None:
+    """The columns are the cached file's pages: neither it nor a copy of it is read into memory."""
+    if not (maps := Path("/proc/self/maps")).exists():
+        pytest.skip("only Linux tells what is mapped")
+    settings = {"pad_token_id": 0, "cache_dir": tmp_path, "progress": False}
+    reference_logps(make_model(), pairs, **settings)
+    found = reference_logps(make_model(), pairs, **settings)
+    (mapped,) = (line for line in maps.read_text().splitlines() if line.endswith("/logps.safetensors"))
+    start, end = (int(address, 16) for address in mapped.split()[0].split("-"))
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        (chunk,) = found.data.column(name).chunks
+        assert start < chunk.buffers()[1].address < end
+
+
 @pytest.mark.parametrize("batch_size", [2, 6])
 def test_a_kill_loses_one_chunk(
     make_model: Callable[..., Any], pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int

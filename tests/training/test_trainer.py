@@ -307,6 +307,7 @@ def test_a_frozen_reward_stays(make_model: Make, make_reward: Make, make_config:
     assert line["hybrid/nll"] == pytest.approx(40.0 - line["hybrid/margins"], abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing")  # the name that every transformers 5 has
 def test_checkpointing_activations_changes_nothing(
     make_model: Make, make_reward: Make, make_config: Make, pairs: Dataset, tmp_path: Path
 ) -> None:

@@ -1,6 +1,5 @@
 """Adapters: one file a published data set; the registry that names them and knows them by their columns."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from reprdpo.data.adapters import (
     xstest,
 )
 from reprdpo.data.adapters.adapter import Adapter, Dropped, Option
-from reprdpo.errors import UserError
+from reprdpo.errors import UserError, did_you_mean
 
 # In the order in which a row is tried; the last one takes whatever the others do not know.
 ADAPTERS: dict[str, Adapter] = {
@@ -43,9 +42,8 @@ def get_adapter(name: str, where: str) -> Adapter:
         UserError: no adapter of that name.
     """
     if name not in ADAPTERS:
-        near = difflib.get_close_matches(name, ADAPTERS, n=1)
-        meant = f"did you mean '{near[0]}'? " if near else ""
-        raise UserError(f"{where}: there is no adapter '{name}'; {meant}there are {', '.join(ADAPTERS)}")
+        meant = did_you_mean(name, ADAPTERS) or ";"
+        raise UserError(f"{where}: there is no adapter '{name}'{meant} there are {', '.join(ADAPTERS)}")
     return ADAPTERS[name]
 
 
