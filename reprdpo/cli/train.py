@@ -62,6 +62,8 @@ def main(argv: list[str]) -> None:
     add_fields(parser, ReprDPOConfig, only={*own, *MAIN_ARGUMENTS, checkpointing})
     arguments = parser.parse_args(argv)
     output = Path(arguments.output_dir)
+    if getattr(arguments, "resume_from_checkpoint", None):
+        raise UserError("--resume_from_checkpoint: leave it out; training goes on from --output_dir's last checkpoint")
     check_writable(output)
     if (output / "model").exists():
         raise UserError(f"{output}: holds a trained model already; choose another --output_dir")

@@ -71,8 +71,10 @@ class BaseConfig(TrainingArguments):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
         workers = self.dataloader_num_workers
         _check(workers >= 0, "dataloader_num_workers", workers, "an integer of at least 0")
-        rate = self.learning_rate
-        _check(math.isfinite(rate) and rate >= 0, "learning_rate", rate, "a number of at least 0")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            _check(math.isfinite(value) and value >= 0, name, value, "a number of at least 0")
+        _check(self.save_steps > 0, "save_steps", self.save_steps, "a number above 0")
         _check(self.max_length >= 2, "max_length", self.max_length, "an integer of at least 2")
         tokens = self.max_tokens_per_device
         _check(tokens is None or tokens >= 1, "max_tokens_per_device", tokens, "an integer of at least 1, or unset")
