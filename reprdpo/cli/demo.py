@@ -3,9 +3,6 @@
 import argparse
 from importlib.resources import as_file, files
 
-from reprdpo.cli.run import execute
-from reprdpo.experiments.config import load_config
-
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="reprdpo demo", description=__doc__)
@@ -13,5 +10,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--scale", choices=("demo", "tiny"), default="demo", help="tiny: seconds, to see that it works")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     arguments = parser.parse_args(argv)
+
+    from reprdpo.cli.run import execute
+    from reprdpo.experiments.config import load_config
+
     with as_file(files("reprdpo.experiments") / f"{arguments.scale}.yaml") as path:
         execute(load_config(path, output_dir=arguments.output_dir), as_json=arguments.json)

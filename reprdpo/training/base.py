@@ -30,7 +30,7 @@ from reprdpo.training.checkpoint import (
     load_sharded_optimizer,
 )
 from reprdpo.training.config import BaseConfig
-from reprdpo.training.metrics import MetricsFile, MetricWindow, ProgressBar, StepCosts
+from reprdpo.training.metrics import LastStep, MetricsFile, MetricWindow, ProgressBar, StepCosts
 
 
 class BaseTrainer(Trainer):
@@ -59,7 +59,8 @@ class BaseTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(model)
         self.costs = StepCosts(args.device)
-        super().__init__(model=model, args=args, callbacks=[self.costs, MetricsFile(), *(callbacks or [])], **kwargs)
+        own = [self.costs, LastStep(), MetricsFile()]
+        super().__init__(model=model, args=args, callbacks=[*own, *(callbacks or [])], **kwargs)
         # accelerate drops FSDP without a word where it cannot serve it.
         asked = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         if asked and not self.is_fsdp_enabled:
