@@ -30,6 +30,11 @@ def request(variable: str) -> str:
     return asked
 
 
+def demanding() -> str | None:
+    """The variable by which nothing may be left out."""
+    return next((name for name in ("REPRDPO_NATIVE", "REPRDPO_CUDA") if request(name) == "on"), None)
+
+
 def missing_tool() -> str | None:
     """What the native build lacks here, in words; None where nothing is missing."""
     if sys.platform == "win32":
@@ -49,12 +54,11 @@ def missing_tool() -> str | None:
 
 
 def native_extensions() -> list[Extension]:
-    asked = request("REPRDPO_NATIVE")
-    reason = "REPRDPO_NATIVE=off" if asked == "off" else missing_tool()
+    reason = "REPRDPO_NATIVE=off" if request("REPRDPO_NATIVE") == "off" else missing_tool()
     if reason is None:
-        return [Extension("reprdpo.lib.libreprdpo_cpu", sources=[], optional=asked == "auto")]
-    if asked == "on":
-        raise SystemExit(f"REPRDPO_NATIVE=on, but the native library cannot be built: {reason}")
+        return [Extension("reprdpo.lib.libreprdpo_cpu", sources=[], optional=demanding() is None)]
+    if demanding():
+        raise SystemExit(f"{demanding()}=on, but the native library cannot be built: {reason}")
     print(f"reprdpo: installing without the native library, on the reference backend: {reason}", file=sys.stderr)
     LEFT_OUT["cpu"] = reason
     return []
@@ -101,7 +105,7 @@ class CMakeBuild(build_ext):
             self.install(build, "cpu", target.parent)
         except (OSError, subprocess.CalledProcessError) as error:
             if not ext.optional:
-                raise SystemExit(f"REPRDPO_NATIVE=on, but the native build failed: {in_a_line(error)}") from error
+                raise SystemExit(f"{demanding()}=on, but the native build failed: {in_a_line(error)}") from error
             reason = in_a_line(error)
             print(f"reprdpo: the native build failed; installing on the reference backend: {reason}", file=sys.stderr)
             LEFT_OUT["cpu"] = f"its build failed: {reason}"

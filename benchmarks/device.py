@@ -104,18 +104,24 @@ def host_seconds(call: Callable[[], Any], device: str) -> float:
     return statistics.median(times)
 
 
-def launches(call: Callable[[], Any], device: str) -> int | None:
-    """Kernels, copies and fills that one call puts on a CUDA device, counted by the profiler; None where it cannot."""
+def device_events(call: Callable[[], Any], device: str) -> list[tuple[str, float]]:
+    """Names and seconds of the kernels, copies and fills that one call puts on a CUDA device, by the profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    try:
-        with torch.profiler.profile(activities=activities) as profile:
-            call()
-            synchronise(device)
-    except RuntimeError:
-        return None
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        synchronise(device)
     events: Any = profile.events()
     on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not event.is_user_annotation and event.name not in _NO_LAUNCH for event in on_device) or None
+    kept = [event for event in on_device if not event.is_user_annotation and event.name not in _NO_LAUNCH]
+    return [(event.name, event.time_range.elapsed_us() / 1e6) for event in kept]
+
+
+def launches(call: Callable[[], Any], device: str) -> int | None:
+    """How many :func:`device_events` one call has; None where the profiler cannot count them."""
+    try:
+        return len(device_events(call, device)) or None
+    except RuntimeError:
+        return None
 
 
 class PeakMemory:

@@ -3,10 +3,15 @@
 
 #include <string>
 
+#include "common/cuda_queries.h"
 #include "ops.h"
 
 namespace {
-std::string build() { return REPRDPO_BUILD; }
+// After a semicolon, why the library cannot serve here.
+std::string build() {
+  const std::string reason = reprdpo::unfit_here({REPRDPO_CUDA_ARCHS});
+  return reason.empty() ? REPRDPO_BUILD : REPRDPO_BUILD "; " + reason;
+}
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(reprdpo_native, CompositeExplicitAutograd, library) {

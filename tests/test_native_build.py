@@ -84,6 +84,20 @@ def test_a_library_of_other_schemas_is_refused(monkeypatch):
         native._load.cache_clear()
 
 
+@needs_native
+def test_a_library_that_cannot_serve_this_machine_says_why(monkeypatch):
+    built = native._build("cpu")
+    monkeypatch.setattr(
+        native, "_build", lambda device: f"{built}; it needs a driver for CUDA 13, this one serves 12.8"
+    )
+    native._load.cache_clear()
+    try:
+        assert not native.loaded()
+        assert native.status().endswith("cannot serve here: it needs a driver for CUDA 13, this one serves 12.8")
+    finally:
+        native._load.cache_clear()
+
+
 def test_status_gives_the_reason_that_the_installation_wrote_down(monkeypatch, tmp_path):
     (tmp_path / "build.txt").write_text("libreprdpo_cpu.so: its build failed: no space\n", encoding="utf-8")
     monkeypatch.setattr(native, "_FOLDER", tmp_path)
@@ -112,6 +126,54 @@ def test_no_cuda_kernel_spills():
     assert max(int(registers) for _, registers, _, _ in kernels) <= 128  # two blocks of 256 threads
 
 
+def configured(folder, nvcc):
+    """What CMake says of CUDA, with this script as nvcc."""
+    (folder / "nvcc").write_text(nvcc, encoding="utf-8")
+    (folder / "nvcc").chmod(0o755)
+    command = [
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        folder / "build",
+        "-DREPRDPO_TESTS=OFF",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    environment = os.environ | {"CUDACXX": str(folder / "nvcc")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return (folder / "build" / "cuda_status.txt").read_text(encoding="utf-8")
+
+
+needs_cmake = pytest.mark.skipif(
+    not (ROOT / "CMakeLists.txt").exists() or shutil.which("cmake") is None, reason="no source tree, or no cmake"
+)
+
+
+@needs_cmake
+def test_an_nvcc_that_does_not_work_leaves_the_cpu_library(tmp_path):
+    status = configured(tmp_path, "#!/bin/sh\necho unsupported GNU version >&2\nexit 1\n")
+    assert status == "off: no working nvcc on PATH, in CUDACXX or under CUDA_HOME"
+
+
+# As CUDA 12.6's: it stops at the architectures that came after it.
+OLD_NVCC = """#!/bin/sh
+case "$*" in
+  *--list-gpu-arch*) echo compute_80; echo compute_90; exit ;;
+  *_100*) echo "Unsupported gpu architecture 'compute_100'" >&2; exit 1 ;;
+esac
+exec NVCC "$@"
+"""
+
+
+@needs_cmake
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_an_nvcc_that_does_not_know_every_architecture_compiles_for_the_others(tmp_path):
+    status = configured(tmp_path, OLD_NVCC.replace("NVCC", shutil.which("nvcc")))
+    assert status.startswith("libreprdpo_cuda for 80;90, nvcc")
+
+
 def setup_py(*command, **variables):
     environment = {"PATH": "", "HOME": os.environ.get("HOME", "/"), **variables}
     command = [sys.executable, "setup.py", *(command or ("--name",))]
@@ -120,16 +182,18 @@ def setup_py(*command, **variables):
 
 @needs_source
 @pytest.mark.parametrize(
-    ("request_", "status", "words"),
+    ("asked", "status", "words"),
     [
-        ("auto", 0, "installing without the native library, on the reference backend: cmake is not on PATH"),
-        ("off", 0, "installing without the native library, on the reference backend: REPRDPO_NATIVE=off"),
-        ("on", 1, "REPRDPO_NATIVE=on, but the native library cannot be built: cmake is not on PATH"),
-        ("yes", 1, "REPRDPO_NATIVE must be auto, on or off, not 'yes'"),
+        ("NATIVE=auto", 0, "installing without the native library, on the reference backend: cmake is not on PATH"),
+        ("NATIVE=off", 0, "installing without the native library, on the reference backend: REPRDPO_NATIVE=off"),
+        ("CUDA=on", 1, "REPRDPO_CUDA=on, but the native library cannot be built: cmake is not on PATH"),
+        ("NATIVE=on", 1, "REPRDPO_NATIVE=on, but the native library cannot be built: cmake is not on PATH"),
+        ("NATIVE=yes", 1, "REPRDPO_NATIVE must be auto, on or off, not 'yes'"),
     ],
 )
-def test_setup_says_what_it_leaves_out(request_, status, words):
-    done = setup_py(REPRDPO_NATIVE=request_)
+def test_setup_says_what_it_leaves_out(asked, status, words):
+    variable, value = asked.split("=")
+    done = setup_py(**{f"REPRDPO_{variable}": value})
     assert done.returncode == status, done.stderr
     assert words in done.stderr
 

@@ -15,9 +15,11 @@
 
 namespace reprdpo {
 
-// What went wrong, null where nothing did.
+// What went wrong, null where nothing did. The runtime then forgets it, or the next launch would be blamed.
 inline const char* text(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
 }
 
 template <typename Arguments>

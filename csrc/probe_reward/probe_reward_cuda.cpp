@@ -37,6 +37,7 @@ struct Place {
 
   int32_t device;
   torch::stable::accelerator::DeviceGuard guard;
+  AllowedInCapture allowed;
   CudaStream stream = nullptr;
 };
 
@@ -49,19 +50,24 @@ int multiprocessors(int device) {
   return count;
 }
 
-// Counters for a launch, and the tensor that holds them where the device's own are all given out.
-std::pair<unsigned*, std::optional<Tensor>> take_arrivals(const Place& place, int64_t count,
+// Counters for the launches over `layers`, and the tensor that holds them where they are not the device's
+// own: these are all given out, or are not zero from one launch to the next, between which another thread's
+// may come.
+std::pair<unsigned*, std::optional<Tensor>> take_arrivals(const Place& place, int64_t count, int64_t layers,
                                                           const Tensor& like) {
   static Arrivals arrivals(kArrivals);
   bool capturing = false;
   check(is_capturing(place.stream, &capturing), "asking whether the stream is captured");
-  if (const auto start = arrivals.take(place.device, place.stream, capturing, count)) {
+  const auto start =
+      layers <= kMaxLayers ? arrivals.take(place.device, place.stream, capturing, count) : std::nullopt;
+  if (start.has_value()) {
     unsigned* first = nullptr;
     check(arrivals_of_device(&first), "finding the counters");
     return {first + *start, std::nullopt};
   }
-  Tensor zeros = torch::stable::new_zeros(like, {count}, ScalarType::Int);
-  return {static_cast<unsigned*>(zeros.mutable_data_ptr()), zeros};
+  Tensor counters = torch::stable::new_empty(like, {count}, ScalarType::Int);
+  check(clear(counters.mutable_data_ptr(), count * sizeof(unsigned), place.stream), "clearing counters");
+  return {static_cast<unsigned*>(counters.mutable_data_ptr()), counters};
 }
 
 // Layers that lie alike, so that one set of strides serves all. Others are copied together first.
@@ -114,12 +120,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> probe_reward_cuda(
   check_dense("gate_bias", gate_bias, ScalarType::Float, {L}, true);
   const auto asked = confidence_options(alpha, squash, floor, reduce_batch, B);
 
-  Tensor reward = torch::stable::new_empty(probe_weight, {B});
+  // Of no layers the reward is 0.
+  Tensor reward =
+      L > 0 ? torch::stable::new_empty(probe_weight, {B}) : torch::stable::new_zeros(probe_weight, {B});
   Tensor layer_scores = torch::stable::new_empty(probe_weight, {B, L});
   Tensor layer_gate = torch::stable::new_empty(probe_weight, {B, L});
   Tensor pooled = save_pooled ? torch::stable::new_empty(hidden_states[0], {B, L, D})
                               : torch::stable::new_empty(hidden_states[0], {0});
   Tensor gamma = torch::stable::new_empty(probe_weight, {asked.has_value() ? B / 2 : 0});
+  if (L == 0) torch::stable::fill_(gamma, std::max(0.5, floor.value_or(0)));
   if (B == 0 || L == 0) return {reward, layer_scores, layer_gate, pooled, gamma};
 
   ForwardArguments a = {};
@@ -155,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> probe_reward_cuda(
                  (kind != Gate::kSoftmax || is_aligned(a.gate_weight));
   for (const Layer& layer : rows.layers) vectors = vectors && is_aligned(layer.data);
   const int block_rows = rows_of_a_block(B, L, vectors, multiprocessors(place.device));
-  const auto [arrivals, held] = take_arrivals(place, (B + block_rows - 1) / block_rows + 1, probe_weight);
+  const auto [arrivals, held] = take_arrivals(place, (B + block_rows - 1) / block_rows + 1, L, probe_weight);
   a.arrivals = arrivals;
   for (int64_t l = 0; l < L; l += kMaxLayers) {
     a.first_layer = static_cast<int>(l);

@@ -11,7 +11,7 @@ import torch
 import reprdpo
 from reprdpo.ops import backends
 
-PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "safetensors", "peft", "flash-attn", "trl")
+PACKAGES = ("triton", "transformers", "datasets", "accelerate", "safetensors", "peft", "flash-attn", "trl")
 
 
 def main(argv: list[str]) -> None:
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
 def examine() -> dict[str, dict[str, Any]]:
     """What is installed, which devices there are, which backends serve and why the others do not."""
     return {
-        "versions": {"reprdpo": reprdpo.__version__, "python": platform.python_version()}
+        "versions": {"reprdpo": reprdpo.__version__, "python": platform.python_version(), "torch": torch.__version__}
         | {name: _version(name) for name in PACKAGES},
         "devices": _devices(),
         "backends": {

@@ -78,7 +78,8 @@ def _load(device_type: str) -> str | None:
     built, wanted = _build(device_type), _wanted_build()
     if not built.startswith(wanted):
         return f"{path} was built for {built}, not for {wanted}: run `make native`, or reinstall"
-    return None
+    _, _, unfit = built.partition("; ")
+    return f"{path} cannot serve here: {unfit}" if unfit else None
 
 
 def _why_missing(name: str, needed: str) -> str:
@@ -91,7 +92,7 @@ def _why_missing(name: str, needed: str) -> str:
 
 
 def _build(device_type: str) -> str:
-    """The package's version and the digest of the schemas that a loaded library was built with."""
+    """The package's version and the digest of the schemas of a loaded library; after "; " why it cannot serve here."""
     try:
         return getattr(torch.ops.reprdpo_native, f"{device_type}_build")()
     except (AttributeError, NotImplementedError, RuntimeError):

@@ -328,10 +328,15 @@ def _gradients(
     backend = select("probe_reward", probe_weight, dtype=scores.dtype)
     if backend == "native":
         dense = index if index is None else index.contiguous()
-        hidden, *grads = torch.ops.reprdpo_native.probe_reward_backward.default(
-            *upstream, pooled, dense, _float_rows(probe_weight), _float_rows(gate_weight), scores, layer_gate, gate,
-            hidden_shape, hidden_count, hidden_dtype, needs,
-        )  # fmt: skip
+        try:
+            hidden, *grads = torch.ops.reprdpo_native.probe_reward_backward.default(
+                *upstream, pooled, dense, _float_rows(probe_weight), _float_rows(gate_weight), scores, layer_gate, gate,
+                hidden_shape, hidden_count, hidden_dtype, needs,
+            )  # fmt: skip
+        except RuntimeError:
+            # The library's ABI hands on no type of error: what memory there is not, torch itself says.
+            _ = [probe_weight.new_empty(hidden_shape, dtype=hidden_dtype) for _ in range(hidden_count * needs[0])]
+            raise
         return (hidden, *(grad.to(probe_weight.dtype) for grad in grads))
     backward: Any = reference.probe_reward_backward
     if backend == "triton":

@@ -4,7 +4,8 @@ But for those that say ``cuda_only``, their bodies also run on the CPU, in a ses
 """
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.interpreter)
         elif _INTERPRETED or not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure that leaves no usable CUDA context ends its process, in which every later test would fail too."""
+    report = yield
+    if report.failed and item.get_closest_marker("gpu") and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as lost:
+            print(
+                f"{report.longreprtext}\n{item.nodeid} lost the CUDA context: {lost}", file=sys.__stderr__, flush=True
+            )
+            os._exit(70)  # under pytest-xdist the test counts as failed, and another process takes the others
+    return report
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.device import device_events
 from reprdpo import ops
 from reprdpo.ops import native, reference
 
@@ -142,10 +142,7 @@ def launches(run):
     for _ in range(3):
         run()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        run()
-        torch.cuda.synchronize()
-    return [event.name for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [name for name, _ in device_events(run, "cuda")]
 
 
 def test_one_launch_forward_and_one_backward(backend):
@@ -212,23 +209,23 @@ def test_two_graphs_and_eager_calls_overlap_on_streams_of_their_own(backend):
     assert all(torch.equal(reward, wanted) for reward in (*captured, *eager))
 
 
-def test_first_call_inside_a_capture(backend):
-    if backend == "triton":
-        from reprdpo_kernels import probe_reward as kernels
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_counters_first_taken_inside_a_capture(backend):
+    from reprdpo_kernels import probe_reward as kernels
 
-        hidden, index = make_hidden(3, 4, 5, 40)
-        parameters = make_parameters("softmax", 3, 40)
-        wanted = ops.probe_reward(hidden, index, *parameters).reward  # compiles
+    hidden, index = make_hidden(3, 4, 5, 40)
+    parameters = make_parameters("softmax", 3, 40)
+    wanted = ops.probe_reward(hidden, index, *parameters).reward  # compiles
+    torch.cuda.synchronize()
+    kernels._slabs.clear()
+    kernels._by_stream.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        reward = ops.probe_reward(hidden, index, *parameters).reward
+    for _ in range(2):
+        graph.replay()
         torch.cuda.synchronize()
-        kernels._slabs.clear()
-        kernels._by_stream.clear()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            reward = ops.probe_reward(hidden, index, *parameters).reward
-        for _ in range(2):
-            graph.replay()
-            torch.cuda.synchronize()
-            assert torch.equal(reward, wanted)
+        assert torch.equal(reward, wanted)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

@@ -1,8 +1,14 @@
 """The CUDA C++ kernels of probe_reward on a GPU, against the oracle in float64, and under a CUDA graph."""
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
+from benchmarks.device import device_events
 from reprdpo.ops import native, reference
 
 pytestmark = pytest.mark.skipif(not native.loaded("cuda"), reason=f"native: {native.status('cuda')}")
@@ -74,6 +80,28 @@ def test_same_bits_every_run_and_on_every_stream():
     assert all(torch.equal(a, b) for run in runs for a, b in zip(first, run, strict=True))
 
 
+def test_threads_that_share_a_stream_share_no_counters():
+    """More layers than one launch takes: another thread's may come between two of a call."""
+    hidden, index, parameters = make_case("softmax", 130, 8, 2, 64, torch.bfloat16)
+    first = forward(hidden, index, parameters, "softmax")
+    torch.cuda.synchronize()
+
+    def run(_):
+        return [forward(hidden, index, parameters, "softmax") for _ in range(100)]
+
+    with ThreadPoolExecutor(4) as threads:
+        runs = [results for each in threads.map(run, range(4)) for results in each]
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for results in runs for a, b in zip(first, results, strict=True))
+
+
+def test_the_reward_of_no_layers():
+    hidden, w = torch.randn(4, 0, 8, device="cuda"), torch.randn(0, 8, device="cuda")
+    reward, _, _, _, confidence = forward([hidden], None, (w, w[:, 0], w, w[:, 0]), "softmax")
+    assert reward.tolist() == [0.0] * 4
+    assert confidence.tolist() == [0.5] * 2
+
+
 def test_a_captured_launch_is_replayed_beside_others():
     hidden, index, parameters = make_case("vote", 32, 8, 3, 4096, torch.bfloat16)
     eager = forward(hidden, index, parameters, "vote")
@@ -107,8 +135,29 @@ def test_one_launch(backward):
 
     run()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(kernels) == 1, [event.name for event in kernels]
+    kernels = device_events(run, "cuda")
+    assert len(kernels) == 1, kernels
+
+
+FIRST_CALL_IN_A_CAPTURE = """
+import torch
+from reprdpo.ops import native, reference
+assert native.loaded("cuda")
+hidden, parameters = torch.randn(2, 3, 40, device="cuda"), torch.randn(4, 3, 40, device="cuda")
+w, b, v, c = parameters[0], parameters[1, :, 0].contiguous(), parameters[2], parameters[3, :, 0].contiguous()
+wanted = reference.probe_reward(hidden, w, b, v, c, "softmax")[0]
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    reward = torch.ops.reprdpo_native.probe_reward(
+        [hidden], None, w, b, v, c, "softmax", False, None, False, None, False
+    )[0]
+graph.replay()
+torch.testing.assert_close(reward, wanted, rtol=1e-5, atol=1e-5)
+"""
+
+
+def test_first_call_of_a_process_inside_a_capture():
+    command = [sys.executable, "-c", FIRST_CALL_IN_A_CAPTURE]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from reprdpo.ops import native, reference
+from reprdpo.ops import native, probe_reward, reference, use_backend
 
 pytestmark = pytest.mark.skipif(not native.loaded(), reason=f"native: {native.status()}")
 
@@ -172,3 +172,14 @@ def test_backward_reads_no_memory_that_is_not_there():
             torch.ops.reprdpo_native.probe_reward_backward(
                 *good.values(), "softmax", shape, count, torch.float32, [True] * 5
             )
+
+
+def test_out_of_memory_is_torch_s_own_error():
+    """The library's ABI hands on no type of error; trainers that shrink their batch look for torch.OutOfMemoryError."""
+    hidden = torch.zeros(1, 1, 16, requires_grad=True).expand(1, 2**42, 16)
+    with use_backend("native"):
+        parameters = torch.zeros(1, 16), torch.zeros(1), None, torch.zeros(1)
+        index = torch.zeros(1, dtype=torch.int64)
+        reward = probe_reward([hidden], index, *parameters, gate="static").reward
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            torch.autograd.grad(reward.sum(), hidden)
