@@ -296,7 +296,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     for _ in range(6):  # Python drops an interrupt that arrives inside a finalizer; a user presses again
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            _, error = process.communicate(timeout=10)
+            _, error = process.communicate(timeout=40)
             break
     process.kill()
     assert process.returncode == 130
