@@ -76,6 +76,13 @@ def write_notes(library_folder: Path) -> None:
     (library_folder / "build.txt").write_text("".join(lines), encoding="utf-8")
 
 
+def in_a_line(error: OSError | subprocess.CalledProcessError) -> str:
+    """What failed; a command's own words are in pip's log."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"{' '.join(error.cmd[:2])} ended with status {error.returncode}; `pip install -v` shows its words"
+    return str(error)
+
+
 class BuildNotes(build_py):
     """Where nothing native is built, the installed package says why."""
 
@@ -98,9 +105,10 @@ class CMakeBuild(build_ext):
             self.install(build, "cpu", target.parent)
         except (OSError, subprocess.CalledProcessError) as error:
             if not ext.optional:
-                raise SystemExit(f"{demanding()}=on, but the native build failed: {error}") from error
-            print(f"reprdpo: the native build failed; installing on the reference backend: {error}", file=sys.stderr)
-            LEFT_OUT["cpu"] = f"its build failed: {error}"
+                raise SystemExit(f"{demanding()}=on, but the native build failed: {in_a_line(error)}") from error
+            reason = in_a_line(error)
+            print(f"reprdpo: the native build failed; installing on the reference backend: {reason}", file=sys.stderr)
+            LEFT_OUT["cpu"] = f"its build failed: {reason}"
         else:
             self.build_cuda(build, target.parent)
         write_notes(target.parent)
@@ -124,9 +132,10 @@ class CMakeBuild(build_ext):
             self.install(build, "cuda", folder)
         except (OSError, subprocess.CalledProcessError) as error:
             if request("REPRDPO_CUDA") == "on":
-                raise SystemExit(f"REPRDPO_CUDA=on, but the CUDA build failed: {error}") from error
-            print(f"reprdpo: the CUDA build failed; installing without the CUDA library: {error}", file=sys.stderr)
-            LEFT_OUT["cuda"] = f"its build failed: {error}"
+                raise SystemExit(f"REPRDPO_CUDA=on, but the CUDA build failed: {in_a_line(error)}") from error
+            reason = in_a_line(error)
+            print(f"reprdpo: the CUDA build failed; installing without the CUDA library: {reason}", file=sys.stderr)
+            LEFT_OUT["cuda"] = f"its build failed: {reason}"
 
     def install(self, build: Path, device: str, folder: Path) -> None:
         """Build the library of ``device``, and the C++ tests with the CPU's, and install it into ``folder``."""

@@ -174,9 +174,9 @@ def test_an_nvcc_that_does_not_know_every_architecture_compiles_for_the_others(t
     assert status.startswith("libreprdpo_cuda for 80;90, nvcc")
 
 
-def setup_py(**variables):
+def setup_py(*command, **variables):
     environment = {"PATH": "", "HOME": os.environ.get("HOME", "/"), **variables}
-    command = [sys.executable, "setup.py", "--name"]
+    command = [sys.executable, "setup.py", *(command or ("--name",))]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -196,3 +196,25 @@ def test_setup_says_what_it_leaves_out(asked, status, words):
     done = setup_py(**{f"REPRDPO_{variable}": value})
     assert done.returncode == status, done.stderr
     assert words in done.stderr
+
+
+@needs_source
+def test_a_source_distribution_holds_the_tree(tmp_path):
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("no history to list the tree from")
+    assert setup_py("-q", "egg_info", "--egg-base", str(tmp_path)).returncode == 0
+    packed = set((tmp_path / "reprdpo.egg-info" / "SOURCES.txt").read_text(encoding="utf-8").splitlines())
+    there = {path for path in listed.stdout.splitlines() if (ROOT / path).exists()}
+    assert there <= packed
+    assert not [path for path in packed if path.endswith((".so", ".pyc"))]
+
+
+@needs_source
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+def test_a_compiler_that_fails_is_told_in_a_line(tmp_path):
+    folders = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path))
+    done = setup_py("-q", "build_ext", *folders, PATH=os.environ["PATH"], CC="false", CXX="false")
+    assert done.returncode == 0, done.stderr
+    reason = "its build failed: cmake --fresh ended with status 1; `pip install -v` shows its words"
+    assert (tmp_path / "lib/reprdpo/lib/build.txt").read_text() == f"libreprdpo_cpu.so: {reason}\n"

@@ -35,7 +35,7 @@ def policy_of(namespace: argparse.Namespace) -> Policy:
 
 def add_fields(parser: argparse.ArgumentParser, cls: type[Any], *, only: Collection[str] | None = None) -> None:
     """Give ``parser`` an option for every field of the dataclass ``cls`` (help for those in ``only``, where given)."""
-    group, documented, hints = parser.add_argument_group(cls.__name__), _documented(cls), get_type_hints(cls)
+    group, documented, hints = parser.add_argument_group(cls.__name__), documented_fields(cls), get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if not field.init or f"--{field.name}" in parser._option_string_actions:
             continue
@@ -44,7 +44,7 @@ def add_fields(parser: argparse.ArgumentParser, cls: type[Any], *, only: Collect
             type=str if _is_text(hints[field.name]) else _from_yaml,
             default=argparse.SUPPRESS,
             metavar=_metavar(hints[field.name]),
-            help=_describe(field, documented) if only is None or field.name in only else argparse.SUPPRESS,
+            help=_escaped(describe(field, documented)) if only is None or field.name in only else argparse.SUPPRESS,
         )
 
 
@@ -85,14 +85,24 @@ def _from_yaml(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r} is not a value") from None
 
 
-def _documented(cls: type[Any]) -> dict[str, str]:
-    """What the class's docstring says of its fields under "Attributes:"."""
-    section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].split("\n\n")[0]
-    return dict(re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, flags=re.MULTILINE))
+def documented_fields(cls: type[Any]) -> dict[str, str]:
+    """What the docstrings of the class and its bases say of their fields under "Attributes:"."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2].split("\n\n")[0]
+        found |= re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, flags=re.MULTILINE)
+    return found
 
 
-def _describe(field: dataclasses.Field[Any], documented: dict[str, str]) -> str:
+def describe(field: dataclasses.Field[Any], documented: dict[str, str]) -> str:
+    """A field's help, or what is ``documented`` of it, and its default."""
     text = " ".join(str(field.metadata.get("help", documented.get(field.name, ""))).split())
-    text = text.replace("%%", "%")  # as argparse, for which transformers writes its own
-    shown = field.default not in (dataclasses.MISSING, None) and "default" not in text
-    return (f"{text} (default: {field.default})" if shown else text).replace("%", "%%")
+    if field.default in (dataclasses.MISSING, None) or "default" in text:
+        return text
+    default = ", ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    return f"{text.removesuffix('.')} (default: {default})"
+
+
+def _escaped(text: str) -> str:
+    """For argparse, which formats help with %; transformers' comes with its signs doubled already."""
+    return text.replace("%%", "%").replace("%", "%%")

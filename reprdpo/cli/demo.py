@@ -3,7 +3,6 @@
 from importlib.resources import as_file, files
 
 from reprdpo.cli.parser import Parser
-from reprdpo.cli.run import execute
 
 
 def main(argv: list[str]) -> None:
@@ -13,7 +12,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     arguments = parser.parse_args(argv)
 
-    from reprdpo.experiments import load_config
+    from reprdpo.cli.run import execute
+    from reprdpo.experiments.config import load_config
 
     with as_file(files("reprdpo.experiments") / f"{arguments.scale}.yaml") as path:
         execute(load_config(path, output_dir=arguments.output_dir), as_json=arguments.json)

@@ -13,6 +13,7 @@ from reprdpo.experiments.config import EvaluateSection
 from reprdpo.experiments.sources import first
 from reprdpo.experiments.stages import evaluate_policy
 from reprdpo.files import check_writable
+from reprdpo.report.words import judge_said
 from reprdpo.reward import HybridReward
 
 EXAMPLE = """\
@@ -67,7 +68,7 @@ def _describe(result: dict[str, Any]) -> str:
         interval = f"{value['rate']:6.1%} [{value['low']:.1%}, {value['high']:.1%}]"
         return f"{interval}  n={value['n']}, {value['unparsed']} unparsed"
 
-    lines = [f"judge: {result['judge']}", f"  {'toxic':<28}{rate(result['toxic'])}"]
+    lines = [f"judge: {judge_said(result['judge'])}", f"  {'toxic':<28}{rate(result['toxic'])}"]
     lines += [f"    {name:<26}{rate(value)}" for name, value in result["by_category"].items()]
     if result["overrefusal"]:
         by = "" if result["overrefusal_judge"] == result["judge"] else f"  (judge: {result['overrefusal_judge']})"

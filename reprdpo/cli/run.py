@@ -1,11 +1,15 @@
 """`reprdpo run`: the whole pipeline from a YAML file."""
 
 import argparse
+import dataclasses
 import json
 import sys
-from typing import Any
+import textwrap
+from typing import Any, get_type_hints
 
+from reprdpo.cli.arguments import describe, documented_fields
 from reprdpo.cli.parser import Parser
+from reprdpo.experiments.config import RunConfig, load_config
 
 EXAMPLE = """\
 example:
@@ -20,12 +24,18 @@ example:
   evaluate: {judge: keyword-refusal, prompts: harmful.jsonl}
 
 The same command again goes on where it stopped.
+
+keys:
 """
+TRAINING = "; `reprdpo train --help` explains them"
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(
-        prog="reprdpo run", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="reprdpo run",
+        description=__doc__,
+        epilog=EXAMPLE + _keys(RunConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="the run's YAML file")
     parser.add_argument("--output_dir", help="the run's folder, instead of the file's")
@@ -34,9 +44,21 @@ def main(argv: list[str]) -> None:
     )
     arguments = parser.parse_args(argv)
 
-    from reprdpo.experiments import load_config
-
     execute(load_config(arguments.config, output_dir=arguments.output_dir), as_json=arguments.json)
+
+
+def _keys(cls: type[Any], indent: str = "  ") -> str:
+    """Every key of a run's YAML with what it is, those of a section under its name."""
+    hints, documented, lines = get_type_hints(cls), documented_fields(cls), []
+    for field in dataclasses.fields(cls):
+        section = hints[field.name]
+        if dataclasses.is_dataclass(section):
+            lines += [f"{indent}{field.name}:", _keys(section, indent + "  ")]  # type: ignore[arg-type]
+            continue
+        text = describe(field, documented)
+        text += TRAINING if "training arguments" in text else ""
+        lines.append(textwrap.fill(f"{field.name:<20}  {text}", 78, initial_indent=indent, subsequent_indent=" " * 24))
+    return "\n".join(lines)
 
 
 def execute(config: Any, *, as_json: bool) -> None:

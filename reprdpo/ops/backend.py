@@ -33,7 +33,7 @@ def declare(op: str, *, cpu: tuple[Backend, ...] = (), cuda: tuple[Backend, ...]
     """Say which backends, besides the reference, have a kernel for ``op`` on a device, the default one first.
 
     A kernel takes float32, bfloat16 and float16; float64 always goes to the reference. An op that is never
-    declared (one that only computes indices, say) asks no backend and so accepts any.
+    declared, being plain PyTorch everywhere, asks no backend and so accepts any.
     """
     # The interpreter runs Triton's kernels on CPU tensors, for whoever asks for it by name.
     if _INTERPRETING and "triton" in cuda:

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reprdpo.ops import backend, checks, reference
-
-backend.declare("sequence_sum")
+from reprdpo.ops import checks, reference
 
 
 def sequence_sum(
@@ -64,7 +62,6 @@ def sequence_sum(
 def _sequence_sum(
     token_logprob: Tensor, sequence_ids: Tensor | None, cu_seqlens: Tensor | None, num_sequences: int, average: bool
 ) -> Tensor:
-    backend.select("sequence_sum", token_logprob)
     layout = reference.segments(token_logprob.shape[0], num_sequences, sequence_ids, cu_seqlens)
     return reference.sequence_sum(token_logprob, layout, average=average)
 
@@ -80,7 +77,6 @@ def _(
 def _sequence_sum_backward(
     grad: Tensor, sequence_ids: Tensor | None, cu_seqlens: Tensor | None, num_tokens: int, average: bool
 ) -> Tensor:
-    backend.select("sequence_sum", grad)
     layout = reference.segments(num_tokens, grad.shape[0], sequence_ids, cu_seqlens)
     return reference.sequence_sum_backward(grad, layout, num_tokens, average=average)
 

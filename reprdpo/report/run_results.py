@@ -8,7 +8,7 @@ from typing import Any
 from reprdpo.files import read_json, read_jsonl
 from reprdpo.report.content import Block, Column, Figure, Ordering, Orderings, Reply, Sample, Series, Table, Value
 from reprdpo.report.reading import integer, naming, number, ordering_of, value_of
-from reprdpo.report.words import by_numbers
+from reprdpo.report.words import by_numbers, judge_said
 
 # The systems of the paper's Table 1, in its order; a run may hold some of them, and others.
 PAPER_SYSTEMS = {
@@ -158,7 +158,9 @@ def _systems_table(results: Results) -> Table:
         [Value(row.label), row.toxic, Value(row.seeds), row.overrefusal, Value(row.perplexity)]
         for row in results.systems
     ]
-    return Table("systems", "Every system", columns, rows, "Intervals are 95 %; over-refusal is the mean of the seeds.")
+    judges = ", ".join(dict.fromkeys(judge_said(row.judge) for row in results.evaluations if row.judge))
+    title = f"Every system, judged by {judges}" if judges else "Every system"
+    return Table("systems", title, columns, rows, "Intervals are 95 %; over-refusal is the mean of the seeds.")
 
 
 def _toxic_figure(systems: list[System], evaluations: list[Evaluation]) -> Figure:
@@ -215,9 +217,7 @@ def _seeds_table(results: Results) -> Table:
         [Value(results.label(row.system)), Value(row.seed), row.toxic, row.overrefusal, Value(row.perplexity)]
         for row in results.evaluations
     ]
-    judges = ", ".join(dict.fromkeys(row.judge for row in results.evaluations if row.judge))
-    note = f"Judged by: {judges}." if judges else ""
-    return Table("seeds", "Every seed", columns, rows, note, folded=True, terminal=False)
+    return Table("seeds", "Every seed", columns, rows, folded=True, terminal=False)
 
 
 def _read_summary(path: Path, evaluations: list[Evaluation]) -> tuple[list[System], list[Ordering]]:

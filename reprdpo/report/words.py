@@ -6,6 +6,8 @@ from reprdpo.report.content import Lines, Ordering, Orderings, Page, Table, Valu
 from reprdpo.statistics import p_words
 
 NONE = "—"
+# The judges by phrases, which know refusals alone.
+REFUSAL_PROXIES = ("keyword-refusal", "xstest-string-match")
 
 
 def main_words(cell: Value, kind: str) -> str:
@@ -123,3 +125,8 @@ def _aligned(table: Table) -> list[str]:
 
 def _joined(main: str, detail: str) -> str:
     return f"{main} ({detail})" if detail else main
+
+
+def judge_said(name: str) -> str:
+    """A judge's name, with what its "unsafe" is where that is not what the word says."""
+    return f"{name} (a proxy: unsafe is what is not refused)" if name in REFUSAL_PROXIES else name

@@ -35,7 +35,7 @@ class RewardFitConfig:
     Attributes:
         C: the SVM's loss weight on features of mean squared norm 1; of several, each layer takes the best by grouped
             cross-validation.
-        gate: "softmax", "static" or "vote" (METHOD: how the layers are mixed).
+        gate: how the layers are mixed: "softmax", "static" or "vote" (reprdpo.ops.probe_reward).
         margin: mu of Eq. 7.
         alpha: Eq. 8's slope, or "auto": the one that minimises the held-out NLL of gamma.
         squash: gamma from sigma(R_c) - sigma(R_r) instead of R_c - R_r.

@@ -38,7 +38,7 @@ from reprdpo.training.checkpoint import (
     load_sharded_optimizer,
 )
 from reprdpo.training.config import BaseConfig
-from reprdpo.training.metrics import MetricsFile, MetricWindow, ProgressBar, StepCosts
+from reprdpo.training.metrics import LastStep, MetricsFile, MetricWindow, ProgressBar, StepCosts
 
 
 class BaseTrainer(Trainer):
@@ -69,10 +69,9 @@ class BaseTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(model)
         self.costs = StepCosts(args.device)
+        own = [self.costs, LastStep(), MetricsFile()]
         try:
-            super().__init__(
-                model=model, args=args, callbacks=[self.costs, MetricsFile(), *(callbacks or [])], **kwargs
-            )
+            super().__init__(model=model, args=args, callbacks=[*own, *(callbacks or [])], **kwargs)
         except ValueError as error:  # how transformers refuses settings
             raise UserError(" ".join(str(error).split())) from error
         # accelerate drops FSDP without a word where it cannot serve it.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import IntervalStrategy, TrainerCallback
 
 from reprdpo import costs, files
 
@@ -160,6 +160,14 @@ class ConfidenceHistogram:
             return [0] * self._bins
         held = gamma[: min(self._seen, self._capacity)].cpu()
         return torch.histc(held[held.isfinite()], self._bins, 0.0, 1.0).int().tolist()
+
+
+class LastStep(TrainerCallback):
+    """Log the last step whether or not ``logging_steps`` divides it: the figures of a training end where it does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True
 
 
 class ProgressBar(TrainerCallback):

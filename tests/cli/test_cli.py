@@ -4,11 +4,14 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reprdpo.cli import COMMANDS, main
 from reprdpo.data.adapters import ADAPTERS
+from reprdpo.experiments.config import RunConfig
 
 XSTEST = """\
 id,prompt,type,label,focus,note
@@ -78,6 +82,22 @@ def test_help_says_what_every_setting_is(capsys: pytest.CaptureFixture[str]) -> 
     assert "--packing auto|prefix|varlen|padded How pairs lie in a batch" in shown
     assert "--update_reward true|false Update the reward" in shown
     assert "at the cost of ~20% slower training" in shown
+
+
+def test_help_of_a_run_says_what_every_key_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    keys = capsys.readouterr().out.partition("\nkeys:\n")[2]
+    hints = get_type_hints(RunConfig)
+    for name, hint in ((field.name, hints[field.name]) for field in fields(RunConfig)):
+        if not is_dataclass(hint):
+            assert re.search(rf"^  {name}  +\w", keys, re.MULTILINE), name
+            continue
+        section = re.search(rf"^  {name}:\n((?: {{4}}.*\n?)+)", keys, re.MULTILINE)
+        assert section, name
+        for field in fields(hint):
+            assert re.search(rf"^    {field.name}  +[\w\"]", section[1], re.MULTILINE), f"{name}.{field.name}"
+    assert "(default: base, reprdpo)" in keys
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,7 +298,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     for _ in range(6):  # Python drops an interrupt that arrives inside a finalizer; a user presses again
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            _, error = process.communicate(timeout=10)
+            _, error = process.communicate(timeout=40)
             break
     process.kill()
     assert process.returncode == 130

@@ -75,6 +75,11 @@ def test_an_op_without_a_kernel_refuses_and_falls_back_only_by_default():
 
 
 @needs_native
-def test_index_ops_accept_any_backend():
+def test_ops_that_are_plain_pytorch_everywhere_accept_any_backend():
+    token_logprob = torch.ones(3, requires_grad=True)
     with ops.use_backend("native"):
         assert ops.last_token_index(torch.ones(2, 3, dtype=torch.int64)).tolist() == [2, 2]
+        sums = ops.sequence_sum(token_logprob, cu_seqlens=torch.tensor([0, 1, 3]))
+        sums.sum().backward()
+    assert sums.tolist() == [1, 2]
+    assert token_logprob.grad.tolist() == [1, 1, 1]

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from reprdpo.errors import UserError
-from reprdpo.files import read_json
+from reprdpo.evaluation.judges import KeywordRefusalJudge, XSTestStringMatchJudge
+from reprdpo.files import read_json, write_json
 from reprdpo.report import render, summary_table
 from reprdpo.report.content import Figure, Orderings, Page, Sample, Table
 from reprdpo.report.run_page import run_page
-from reprdpo.report.words import detail_words, main_words
+from reprdpo.report.words import REFUSAL_PROXIES, detail_words, main_words
 from tests.report.invented_run import HOSTILE, put, put_lines
 
 FIGURES = [
@@ -222,11 +223,20 @@ def test_broken_files_are_user_errors_of_one_line(run_dir: Path, file: str, cont
 def test_the_terminals_table_is_aligned_and_says_what_held(run_dir: Path) -> None:
     systems, orderings = summary_table(run_dir).split("\n\n")
     title, *lines = systems.splitlines()
-    assert title == "Every system"
+    assert title == "Every system, judged by sandbox"
     assert len({len(line) for line in lines}) == 1
     assert "  held       DPO below SFT (24.0 % against 31.0 %)" in orderings
     assert "  not held   online below cDPO*" in orderings
     assert "  undecided  RS below DPO" in orderings
+
+
+def test_a_judge_whose_verdict_is_a_proxy_is_said_to_be_one(run_dir: Path) -> None:
+    proxies = {judge.name for judge in (KeywordRefusalJudge, XSTestStringMatchJudge)}
+    assert proxies == set(REFUSAL_PROXIES)
+    for path in (run_dir / "evaluation").glob("*-seed-*.json"):
+        write_json(path, read_json(path) | {"judge": "keyword-refusal"})
+    title = "Every system, judged by keyword-refusal (a proxy: unsafe is what is not refused)"
+    assert summary_table(run_dir).splitlines()[0] == title
 
 
 def test_orderings_come_with_their_test(run_dir: Path) -> None:

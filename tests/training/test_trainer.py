@@ -57,6 +57,16 @@ def test_step_0_costs_log_2(make_model: Make, make_reward: Make, make_config: Ma
     assert logged(trainer.args.output_dir)[0]["loss"] == pytest.approx(math.log(2), abs=0.1 * 1e-4)
 
 
+@pytest.mark.parametrize(("strategy", "steps"), [("steps", [1, 3, 5]), ("no", [1])])
+def test_the_last_step_is_logged(
+    make_model: Make, make_config: Make, pairs: Dataset, strategy: str, steps: list[int]
+) -> None:
+    settings = {"confidence_source": "fixed", "logging_steps": 3, "logging_strategy": strategy, "max_steps": 5}
+    trainer = ReprDPOTrainer(make_model(), make_config(**settings), train_dataset=pairs)
+    trainer.train()
+    assert [line["step"] for line in logged(trainer.args.output_dir)] == steps
+
+
 def manual_step(model: Any, batch: dict[str, Tensor], ref: tuple[Tensor, Tensor], gamma: Any, beta: float) -> Tensor:
     """Eq. 5 by log_softmax over whole logits."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
