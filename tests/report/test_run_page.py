@@ -252,6 +252,9 @@ def evaluate_again(run_dir: Path, **settings: Any) -> None:
     name = f"evaluation-{len(found) + 1}"
     change(path, evaluations=found | {name: {**first, "settings": first["settings"] | settings}})
     shutil.copytree(run_dir / "evaluation", run_dir / name)
+    for path in (run_dir / name).glob("*.json"):
+        if "judge" in read_json(path):
+            change(path, judge=settings.get("judge", "sandbox"))
 
 
 def test_every_evaluation_of_a_run_has_its_results(run_dir: Path) -> None:
@@ -266,9 +269,9 @@ def test_every_evaluation_of_a_run_has_its_results(run_dir: Path) -> None:
     found = {name: table(page, f"systems{name}") for name in ("", "-evaluation-2", "-evaluation-3")}
     assert [systems.rows[0][1].value for systems in found.values()] == [0.48, 0.51, 0.52]
     assert [systems.title for systems in found.values()] == [
-        "Every system (judge sandbox, prompts default)",
-        "Every system (judge llama-guard-2:guard, prompts default)",
-        "Every system (judge llama-guard-2:guard, prompts xstest.csv?label=unsafe)",
+        "Every system, judged by sandbox (judge sandbox, prompts default)",
+        "Every system, judged by llama-guard-2:guard (judge llama-guard-2:guard, prompts default)",
+        "Every system, judged by llama-guard-2:guard (judge llama-guard-2:guard, prompts xstest.csv?label=unsafe)",
     ]
     assert page.lead == "Evaluated 3 times; tiles and samples are of the first: judge sandbox, prompts default."
     assert len({figure.name for figure in page.figures()}) == len(page.figures())
@@ -290,4 +293,4 @@ def test_a_run_evaluated_once_needs_no_words_for_it(run_dir: Path) -> None:
     change(run_dir / "run.json", evaluations={"evaluation": {"settings": {"judge": "sandbox"}, "inputs": {}}})
     page = run_page(run_dir)
     assert page.lead == ""
-    assert table(page, "systems").title == "Every system"
+    assert table(page, "systems").title == "Every system, judged by sandbox"

@@ -99,7 +99,7 @@ def test_a_batch_of_which_some_is_missing_is_drawn_whole(engine, tmp_path):
     path.write_bytes(b"".join(lines[:4] + lines[5:]))
     again = CountingEngine(engine)
     assert run(again, path).read_bytes() == whole
-    assert again.asked == CONFIG.prompts_per_batch(2) == 3
+    assert again.asked == CONFIG.prompts_per_batch == 3
 
 
 def test_every_torn_end_is_mended(engine, tmp_path):
@@ -173,7 +173,7 @@ def test_a_reward_that_is_not_finite_is_null(engine, tmp_path):
     assert best_of_n(record) == record["responses"][1]
 
 
-def test_drawn_responses_are_ranked_anew(engine, tmp_path):
+def test_drawn_responses_are_ranked_anew(engine, tmp_path, monkeypatch):
     source = run(engine, tmp_path / "samples.jsonl")
     asked = []
 
@@ -182,7 +182,8 @@ def test_drawn_responses_are_ranked_anew(engine, tmp_path):
         return [-float(len(prompt) + len(response)) for prompt, response in zip(prompts, responses, strict=True)]
 
     path = tmp_path / "ranked.jsonl"
-    options = {"key": "minus", "prompts_at_once": 3, "progress": False}
+    options = {"key": "minus"}
+    monkeypatch.setitem(rank_responses.__globals__, "_RANKED_AT_ONCE", 3)
     rank_responses(source, path, score, **options)
     whole, drawn = path.read_bytes(), read_samples(source)
     for record, before in zip(read_samples(path), drawn, strict=True):
@@ -199,15 +200,15 @@ def test_drawn_responses_are_ranked_anew(engine, tmp_path):
 
 def test_a_ranking_of_other_responses_or_by_another_reward_is_refused(engine, tmp_path):
     source, path = run(engine, tmp_path / "samples.jsonl"), tmp_path / "ranked.jsonl"
-    rank_responses(source, path, length_score, key="length", progress=False)
+    rank_responses(source, path, length_score, key="length")
     for changed in ({"key": "other"}, {"key": "length", "first": 1}):
         with pytest.raises(UserError, match="another 'key'"):
-            rank_responses(source, path, length_score, progress=False, **changed)
+            rank_responses(source, path, length_score, **changed)
     other = run(engine, tmp_path / "others.jsonl", dataclasses.replace(CONFIG, seed=1))
     with pytest.raises(UserError, match="another configuration"):
-        rank_responses(other, path, length_score, key="length", progress=False)
+        rank_responses(other, path, length_score, key="length")
     with pytest.raises(UserError, match="fewer than 3 responses"):
-        rank_responses(source, tmp_path / "more.jsonl", length_score, key="length", first=3, progress=False)
+        rank_responses(source, tmp_path / "more.jsonl", length_score, key="length", first=3)
 
 
 def test_best_of_n():
