@@ -52,8 +52,8 @@ def _keys(cls: type[Any], indent: str = "  ") -> str:
     hints, documented, lines = get_type_hints(cls), documented_fields(cls), []
     for field in dataclasses.fields(cls):
         section = hints[field.name]
-        if dataclasses.is_dataclass(section):
-            lines += [f"{indent}{field.name}:", _keys(section, indent + "  ")]  # type: ignore[arg-type]
+        if isinstance(section, type) and dataclasses.is_dataclass(section):
+            lines += [f"{indent}{field.name}:", _keys(section, indent + "  ")]
             continue
         text = describe(field, documented)
         text += TRAINING if "training arguments" in text else ""

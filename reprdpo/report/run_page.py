@@ -19,7 +19,6 @@ from reprdpo.report.run_results import (
     read_results,
     results_blocks,
     samples,
-    titled,
 )
 from reprdpo.report.run_training import Training, read_trainings, training_figures
 from reprdpo.report.words import duration, held_words, main_words
@@ -63,7 +62,7 @@ def run_page(folder: Path) -> Page:
     results = read_results(folder)
     trainings = read_trainings(folder, results)
     bodies: dict[str, list[Block]] = {
-        "results": titled(results_blocks(results), FIRST, told.get(FIRST, "")),
+        "results": results_blocks(results, FIRST, told.get(FIRST, "")),
         "reward": fit_blocks(folder / "fit" / "report.json"),
         "training": [*training_figures(trainings)],
         "samples": [*samples(results)],
@@ -104,7 +103,7 @@ def _further_evaluations(folder: Path, told: dict[str, str]) -> tuple[list[Secti
     for name, words in told.items():
         if name == FIRST:
             continue
-        if blocks := titled(results_blocks(read_results(folder, name)), name, words):
+        if blocks := results_blocks(read_results(folder, name), name, words):
             sections.append(
                 Section(name, f"Results, {name.replace('-', ' ')}", f"Of the same policies: {words}.", blocks)
             )

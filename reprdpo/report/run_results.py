@@ -77,11 +77,14 @@ def place(system: str, order: list[str]) -> tuple[int, str]:
     return (order.index(system) if system in order else len(order), system)
 
 
-def results_blocks(results: Results) -> list[Block]:
-    """The paper's Table 1 first; then a figure of it, the orderings, the categories, and every seed."""
+def results_blocks(results: Results, name: str = FIRST, words: str = "") -> list[Block]:
+    """The paper's Table 1 first; then a figure of it, the orderings, the categories, and every seed.
+
+    ``words`` are what the evaluation ``name`` differs in from others on the page; with none it stands there alone.
+    """
     blocks: list[Block] = []
     if results.systems:
-        blocks.append(_systems_table(results))
+        blocks.append(_systems_table(results, "" if words else _judges(results)))
     if known := [row for row in results.systems if row.toxic.value is not None]:
         blocks.append(_toxic_figure(known, results.evaluations))
     if results.orderings:
@@ -90,7 +93,7 @@ def results_blocks(results: Results) -> list[Block]:
         blocks.append(_category_table(results))
     if results.evaluations:
         blocks.append(_seeds_table(results))
-    return blocks
+    return _titled(blocks, name, words) if words else blocks
 
 
 def evaluation_words(evaluations: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -101,6 +104,8 @@ def evaluation_words(evaluations: dict[str, dict[str, Any]]) -> dict[str, str]:
     if len(evaluations) < 2:
         return dict.fromkeys(evaluations, "")
     settings = {name: {"judge": None, **one["settings"]} for name, one in evaluations.items()}
+    for each in settings.values():
+        each["judge"] = each["judge"] and judge_said(each["judge"])
     keys = list(dict.fromkeys(key for each in settings.values() for key in each))
     told = [key for key in keys if key == "judge" or len({str(each.get(key)) for each in settings.values()}) > 1]
     return {
@@ -109,11 +114,7 @@ def evaluation_words(evaluations: dict[str, dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def titled(blocks: list[Block], name: str, words: str) -> list[Block]:
-    """The ``blocks`` of the evaluation ``name`` where a page has those of others too, which differ in ``words``."""
-    if not words:
-        return blocks
-
+def _titled(blocks: list[Block], name: str, words: str) -> list[Block]:
     def named(block: Block) -> Block:
         if isinstance(block, Sample):
             return block
@@ -146,7 +147,11 @@ def samples(results: Results) -> list[Sample]:
     ]
 
 
-def _systems_table(results: Results) -> Table:
+def _judges(results: Results) -> str:
+    return ", ".join(dict.fromkeys(judge_said(row.judge) for row in results.evaluations if row.judge))
+
+
+def _systems_table(results: Results, judges: str) -> Table:
     columns = [
         Column("system", "text"),
         Column("toxic rate", "share"),
@@ -158,7 +163,6 @@ def _systems_table(results: Results) -> Table:
         [Value(row.label), row.toxic, Value(row.seeds), row.overrefusal, Value(row.perplexity)]
         for row in results.systems
     ]
-    judges = ", ".join(dict.fromkeys(judge_said(row.judge) for row in results.evaluations if row.judge))
     title = f"Every system, judged by {judges}" if judges else "Every system"
     return Table("systems", title, columns, rows, "Intervals are 95 %; over-refusal is the mean of the seeds.")
 

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from reprdpo import models
 from reprdpo.data import Layout, PackingCollator, PreferenceCollator, pair_tokens, to_device
-from reprdpo.errors import UserError
+from reprdpo.errors import UserError, first_line
 from reprdpo.heads import run_at_head
 
 logger = logging.getLogger(__name__)
@@ -90,8 +90,7 @@ def set_attention(model: nn.Module, implementation: str) -> None:
     try:
         models.unwrap(model).set_attn_implementation(implementation)
     except (ImportError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"attn_implementation: {implementation} cannot be used: {reason}") from error
+        raise UserError(f"attn_implementation: {implementation} cannot be used: {first_line(error)}") from error
     if implementation != before == _attention(model):
         raise UserError(f"attn_implementation: {type(models.unwrap(model)).__name__} has {before} attention alone")
 
@@ -232,7 +231,7 @@ def _difference(model: nn.Module, collator: PackingCollator) -> str | None:
         with models.evaluating(model):
             alone_STD, in_row_BTD = (_states(model, batch) for batch in (padded, packed))
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
-        return f"its forward refuses it ({str(error).strip().splitlines()[0]})"
+        return f"its forward refuses it ({first_line(error)})"
     real_ST = padded["attention_mask"].bool()
     alone_XD = alone_STD.cpu()[real_ST].float()
     in_row_XD = in_row_BTD.cpu().flatten(0, 1)[packed["token_index"][packed["token_index"] >= 0]].float()

@@ -269,9 +269,9 @@ def test_every_evaluation_of_a_run_has_its_results(run_dir: Path) -> None:
     found = {name: table(page, f"systems{name}") for name in ("", "-evaluation-2", "-evaluation-3")}
     assert [systems.rows[0][1].value for systems in found.values()] == [0.48, 0.51, 0.52]
     assert [systems.title for systems in found.values()] == [
-        "Every system, judged by sandbox (judge sandbox, prompts default)",
-        "Every system, judged by llama-guard-2:guard (judge llama-guard-2:guard, prompts default)",
-        "Every system, judged by llama-guard-2:guard (judge llama-guard-2:guard, prompts xstest.csv?label=unsafe)",
+        "Every system (judge sandbox, prompts default)",
+        "Every system (judge llama-guard-2:guard, prompts default)",
+        "Every system (judge llama-guard-2:guard, prompts xstest.csv?label=unsafe)",
     ]
     assert page.lead == "Evaluated 3 times; tiles and samples are of the first: judge sandbox, prompts default."
     assert len({figure.name for figure in page.figures()}) == len(page.figures())
@@ -285,7 +285,8 @@ def test_an_evaluation_that_is_not_there_is_named(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "evaluation-2")
     page = run_page(run_dir)
     assert [section.name for section in page.sections[:2]] == ["results", "reward"]
-    assert page.missing[0] == "Results of judge keyword-refusal: absent, as there is no evaluation-2/summary.json."
+    judge = "judge keyword-refusal (a proxy: unsafe is what is not refused)"
+    assert page.missing[0] == f"Results of {judge}: absent, as there is no evaluation-2/summary.json."
     assert page.title == "invented for a test"
 
 
