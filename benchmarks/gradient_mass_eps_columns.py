@@ -32,12 +32,12 @@ def kept_columns(sharpness_n: Tensor, vocabulary: int, shared: float, eps: float
         label_t1 = p_tV.multinomial(1)
         residual_tV = logits_tV.scatter(1, label_t1, -torch.inf).softmax(1).scatter_(1, label_t1, 1.0)
         parts = residual_tV.split(slices_of(vocabulary)[1], 1)
-        kept.append(torch.cat([_above_threshold(part, eps / len(parts)) for part in parts], dim=1))
+        kept.append(torch.cat([above_threshold(part, eps / len(parts)) for part in parts], dim=1))
     return torch.cat(kept), torch.cat(nats).mean().item()
 
 
-def _above_threshold(part_tW: Tensor, mass: float) -> Tensor:
-    """As the kernel finds it: by halving the exponents between mass / W and mass."""
+def above_threshold(part_tW: Tensor, mass: float) -> Tensor:
+    """What is not under the threshold that the kernel finds: by halving the exponents between mass / W and mass."""
     width = part_tW.shape[1]
     threshold_t1, factor = torch.full((part_tW.shape[0], 1), mass / width), (2.0 * width) ** 0.5
     for _ in range(6):

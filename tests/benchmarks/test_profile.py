@@ -16,7 +16,6 @@ TIMES = profile.Times(
     call=125e-6,
     graph=None,
     host=30e-6,
-    launches=4,
     kernels=[
         ("nvjet_tst_128x256", 60e-6),
         ("sm90_xmma_gemm_f32", 30e-6),
@@ -37,7 +36,7 @@ def test_the_parts_of_a_report_are_the_whole_call() -> None:
         "other kernels, copies, fills": 5.0,
         "the device waits": 15.0,
     }
-    assert "1.56 times its floor of 80.0 us; cannot be captured" in text
+    assert "1.56 times its floor of 80.0 us; cannot be captured; host 30.0 us, 4 launches" in text
     assert text.splitlines()[-4].split() == ["60.0", "us", "1", "x", "nvjet_tst_128x256"]
 
 
@@ -65,7 +64,6 @@ def test_every_case_runs_and_one_that_fails_leaves_the_others(
         "device_events": lambda call, device: [call(), *TIMES.kernels][1:],
         "copy_bandwidth": lambda device: 1e12,
         "graph_seconds": graph_seconds,
-        "launches": lambda call, device: 4,
         "event_seconds": lambda call, device, budget: [1e-3, 2e-3, 3e-3],
     }.items():
         monkeypatch.setattr(profile, name, stub)

@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from reprdpo_kernels import sparse_product
 from reprdpo_kernels.sparse_product import Config, sparse_residual_product
 
+from benchmarks.gradient_mass_eps_columns import above_threshold
 from reprdpo.ops.reference import mass_threshold
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -111,3 +112,14 @@ def test_what_lies_otherwise_is_refused():
         sparse_residual_product(torch.zeros(4, 3).t(), torch.zeros(4, 2), 0.1)
     with pytest.raises(ValueError, match="weight must have its columns side by side"):
         sparse_residual_product(torch.zeros(3, 4), torch.zeros(2, 4).t(), 0.1)
+
+
+@pytest.mark.parametrize("sharpness", [2.0, 6.0])
+def test_columns_are_counted_as_the_kernel_keeps_them(sharpness):
+    """The benchmark's thresholds are a little higher: the kernel takes off what rounding could add to the mass."""
+    torch.manual_seed(0)
+    G = residual(12, 3000, sharpness)
+    _, kept_ns, _ = sparse_product._thresholds(G, 2**-9)
+    counted_n = above_threshold(G.abs(), 2**-9).sum(1)
+    assert (counted_n <= kept_ns[:, 0]).all()
+    torch.testing.assert_close(counted_n.double(), kept_ns[:, 0].double(), rtol=0.01, atol=1)
