@@ -106,9 +106,14 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: is not JSON ({error}); delete it and run the command that made it again") from None
 
 
+def json_line(value: Any) -> str:
+    """``value`` as a line of JSON; NaN and infinities become null."""
+    return json.dumps(finite(value), ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_jsonl(path: str | Path, values: Iterable[Any]) -> None:
-    """Write one JSON value a line, atomically; NaN and infinities become null."""
-    write_text(path, "".join(map(_json_line, values)))
+    """Write each as :func:`json_line`, atomically."""
+    write_text(path, "".join(map(json_line, values)))
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
@@ -141,7 +146,7 @@ class JsonlWriter:
 
     def write(self, value: Any) -> None:
         with disk_errors(self.path):
-            self._file.write(_json_line(value))
+            self._file.write(json_line(value))
             self._file.flush()
 
     def close(self) -> None:
@@ -192,10 +197,6 @@ def content_hash(*values: Any) -> str:
             digest.update(json.dumps(value, sort_keys=True, default=str).encode())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
-
-
-def _json_line(value: Any) -> str:
-    return json.dumps(finite(value), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _cut_torn_line(path: Path) -> None:

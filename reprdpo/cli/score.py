@@ -1,14 +1,13 @@
 """`reprdpo score`: read prompt/response lines, write rewards."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from reprdpo.cli.arguments import add_fields, add_policy, policy_of
 from reprdpo.cli.parser import Parser
 from reprdpo.data import TokenizeConfig, load_responses
-from reprdpo.files import check_writable, finite, write_text
+from reprdpo.files import check_writable, json_line, write_jsonl
 from reprdpo.reward import HybridReward
 from reprdpo.sampling import score_responses
 
@@ -45,10 +44,8 @@ def main(argv: list[str]) -> None:
         tokenize=policy.data,
         progress=True,
     )
-    lines = [
-        json.dumps(finite(row | {"reward": score}), ensure_ascii=False) for row, score in zip(rows, scores, strict=True)
-    ]
+    scored = [row | {"reward": score} for row, score in zip(rows, scores, strict=True)]
     if arguments.output:
-        write_text(Path(arguments.output), "".join(line + "\n" for line in lines))
+        write_jsonl(arguments.output, scored)
     else:
-        sys.stdout.writelines(line + "\n" for line in lines)
+        sys.stdout.writelines(map(json_line, scored))
